@@ -1,0 +1,1 @@
+"""Attention on cut tokens: local kernels, and the exchange between ranks around them."""

@@ -1,0 +1,1 @@
+"""Which rank holds which tokens, and the hooks that cut and gather them."""

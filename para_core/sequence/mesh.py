@@ -1,0 +1,69 @@
+"""The ranks that share one forward, and the few collectives that sharding needs.
+
+``Comm`` is a protocol so that the sequence and attention rooms know nothing of processes: ``para_core.group`` provides
+one over gloo or NCCL, the tests one over threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Comm(Protocol):
+    """Collectives over one set of ranks. Tensors are contiguous and on the communicator's device.
+
+    Calls block on the CPU and are ordered on the current stream on CUDA. A failed peer raises ``RuntimeError``.
+    """
+
+    rank: int
+    size: int
+
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int]) -> None:
+        """Send ``sent_sizes[r]`` elements of the flat ``sent`` to each rank r; fill the flat ``received`` in rank order."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum ``tensor`` over the ranks, in place."""
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
+        """Overwrite ``tensor`` with rank ``root``'s."""
+
+    def shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Callable[[], None]:
+        """Start sending ``sent`` to rank ``to`` and receiving ``received`` from ``source``; the returned call waits for both.
+
+        Empty tensors are not sent (both ends know the sizes).
+        """
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How ranks share a forward: ``batch * ring * ulysses`` ranks, Ulysses neighbours next to each other."""
+
+    batch: int = 1
+    ring: int = 1
+    ulysses: int = 1
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share one sequence."""
+        return self.ring * self.ulysses
+
+    @property
+    def world(self) -> int:
+        return self.batch * self.sequence
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's view of the ranks that share its sequence.
+
+    Rank r of ``sequence`` is rank ``r % ulysses.size`` of its ``ulysses`` group and rank ``r // ulysses.size`` of its
+    ``ring`` group.
+    """
+
+    sequence: Comm
+    ulysses: Comm
+    ring: Comm
