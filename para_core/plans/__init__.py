@@ -1,0 +1,16 @@
+"""What to cut in each model family: one file a family, found by the class name of the diffusion model."""
+
+from __future__ import annotations
+
+from . import flux, wan
+from .plan import Blocks, Plan, PlanError, check
+
+PLANS: tuple[Plan, ...] = (flux.PLAN, wan.PLAN)
+
+__all__ = ["PLANS", "Blocks", "Plan", "PlanError", "check", "plan_for"]
+
+
+def plan_for(model) -> Plan | None:
+    """The plan whose ``models`` name this module's class exactly (a subclass may cut differently), or None."""
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    return next((plan for plan in PLANS if name.endswith(plan.models)), None)
