@@ -1,0 +1,1 @@
+"""Skipping the rest of a step whose first block barely changed anything."""

@@ -1,0 +1,171 @@
+"""The First Block Cache on a stack: compares the first block's residual, and skips the blocks after it on a hit.
+
+Blocks are skipped by replacing ``forward`` on the instances (``remove()`` deletes the replacement), inside the cutting
+hooks, so that the stock loop, its hooks and its joins run as ever. On a hit each block hands its tokens on, and the
+last one returns first block's output + residual of the rest: whatever the loop added in between (ControlNet
+residuals) is part of that residual already and is overwritten, not counted twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+
+from ..plans.plan import Blocks, parameters
+from ..sequence.hooks import Arguments, Hooks
+from ..sequence.mesh import Comm
+from .predictor import History
+from .rule import change, decide
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of this rank's forward that belong to one condition; ``index``: its place among the step's conditions."""
+
+    key: Hashable
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What rank 0 says about the cache before a forward. ``chunks``: this rank's; ``count``: conditions of the whole step."""
+
+    sigma: float
+    threshold: float
+    chunks: tuple[Chunk, ...]
+    count: int
+    compare: bool
+    may_hit: bool
+    order: int
+
+
+@dataclass
+class Entry:
+    first: torch.Tensor
+    rest: History
+
+
+class FirstBlockCache:
+    """Per process and sampling run. ``comm``: every rank of the step; one of them alone needs no collective.
+
+    Set ``step`` before a forward and read ``hit`` and ``changes`` (per condition of the step) after it.
+    """
+
+    def __init__(self, hooks: Hooks):
+        self.hooks = hooks
+        self.step: Step | None = None
+        self.comm: Comm | None = None
+        self.hit = False
+        self.changes: tuple[float, ...] = ()
+        self._entries: dict[Hashable, Entry] = {}
+        self._first: torch.Tensor | None = None
+        self._replaced = []
+        flat = [(spec, block) for spec, blocks in hooks.stacks for block in blocks]
+        for index, (spec, block) in enumerate(flat):
+            wrap = self._first_block if index == 0 else self._later_block
+            block.forward = wrap(spec, block.forward, parameters(block), index == len(flat) - 1)
+            self._replaced.append(block)
+
+    def remove(self) -> None:
+        for block in self._replaced:
+            del block.forward
+        self.forget()
+
+    def forget(self) -> None:
+        """Cold start: drop every stored residual."""
+        self._entries.clear()
+        self._first = None
+
+    def _stream(self, spec: Blocks, output) -> torch.Tensor:
+        """This rank's rows of the plan's stream in a block's output."""
+        outputs = [output] if isinstance(output, torch.Tensor) else output
+        stream = self.hooks.plan.stream
+        for tensor, segments in zip(outputs, spec.returns):
+            if stream in segments:
+                return self.hooks.forward.cut.part(tensor, segments, stream)
+        raise KeyError(stream)
+
+    def _first_block(self, spec: Blocks, original: Callable, names: list[str], _last: bool) -> Callable:
+        argument = next(name for name, segments in spec.tokens.items() if segments == (self.hooks.plan.stream,))
+
+        def forward(*args, **kwargs):
+            if self.step is None or self.hooks.forward is None:
+                return original(*args, **kwargs)
+            before = Arguments(names, args, kwargs).get(argument).clone()  # the block may write into it
+            output = original(*args, **kwargs)
+            after = self._stream(spec, output)
+            residual = after - before
+            self._first = after.clone()
+            self.hit = self._decide(residual)
+            if not self.hit:
+                for chunk in self.step.chunks:
+                    self._entry(chunk).first = residual[chunk.start : chunk.stop]
+            return output
+
+        return forward
+
+    def _entry(self, chunk: Chunk) -> Entry:
+        if chunk.key not in self._entries:
+            self._entries[chunk.key] = Entry(torch.empty(0), History(self.step.order))
+        return self._entries[chunk.key]
+
+    def _decide(self, residual: torch.Tensor) -> bool:
+        """Reduce the sums over all ranks once; rank 0 decides and all follow."""
+        step = self.step
+        self.changes = ()
+        if not step.compare:
+            for chunk in step.chunks:
+                self._entries.pop(chunk.key, None)
+            return False
+        sums = torch.zeros(step.count, 2, dtype=torch.float64, device=residual.device)
+        for chunk in step.chunks:
+            previous = self._entries[chunk.key].first
+            sums[chunk.index, 0] += (previous - residual[chunk.start : chunk.stop]).abs().sum(dtype=torch.float32)
+            sums[chunk.index, 1] += previous.abs().sum(dtype=torch.float32)
+        if self.comm is None or self.comm.size == 1:
+            self.changes = tuple(change(*pair) for pair in sums.tolist())
+            return step.may_hit and decide(self.changes, step.threshold)
+        self.comm.all_reduce(sums)
+        verdict = torch.zeros(1 + step.count, dtype=torch.float64, device=residual.device)
+        if self.comm.rank == 0:
+            changes = [change(*pair) for pair in sums.tolist()]
+            hit = step.may_hit and decide(changes, step.threshold)
+            verdict.copy_(torch.tensor([float(hit), *changes], dtype=torch.float64))
+        self.comm.broadcast(verdict)
+        hit, *changes = verdict.tolist()
+        self.changes = tuple(changes)
+        return bool(hit)
+
+    def _later_block(self, spec: Blocks, original: Callable, names: list[str], last: bool) -> Callable:
+        def forward(*args, **kwargs):
+            if self.step is None or self.hooks.forward is None:
+                return original(*args, **kwargs)
+            if self.hit:
+                return self._skip(spec, Arguments(names, args, kwargs), last)
+            output = original(*args, **kwargs)
+            if last:
+                rest = self._stream(spec, output) - self._first
+                for chunk in self.step.chunks:
+                    self._entry(chunk).rest.add(self.step.sigma, rest[chunk.start : chunk.stop])
+                self._first = None
+            return output
+
+        return forward
+
+    def _skip(self, spec: Blocks, block: Arguments, last: bool):
+        """Hand the tokens on; the last block returns the predicted stream."""
+        held = {segments: block.get(name) for name, segments in spec.tokens.items()}
+        outputs = [held[segments] for segments in spec.returns]
+        if last:
+            predicted = self._first
+            for chunk in self.step.chunks:
+                predicted[chunk.start : chunk.stop] += self._entries[chunk.key].rest.predict(self.step.sigma)
+            for tensor, segments in zip(outputs, spec.returns):
+                if self.hooks.plan.stream in segments:
+                    self.hooks.forward.cut.part(tensor, segments, self.hooks.plan.stream).copy_(predicted)
+            self._first = None
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)

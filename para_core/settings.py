@@ -1,0 +1,34 @@
+"""What the nodes set: frozen, attached to a model's options, merged once for every sampling run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Split steps across ranks. 0 means choose; ``devices`` like "0,2", empty: the visible ones after the model's own."""
+
+    gpus: int = 0
+    batch_degree: int = 0
+    ulysses_degree: int = 0
+    ring_degree: int = 0
+    devices: str = ""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The local attention kernel by name (see ``para_core.attention.backends``), ``auto`` or ``exact``."""
+
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """First Block Cache. Percentages are of the sampling schedule; ``max_consecutive_hits`` -1: no limit, 0: never."""
+
+    threshold: float = 0.08
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    max_consecutive_hits: int = -1
+    predictor: str = "reuse"
