@@ -1,0 +1,38 @@
+"""Unified attention: Ulysses inside a group of neighbours, a ring across the groups (USP, arXiv 2405.07719)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..sequence.mesh import Mesh
+from . import ring, ulysses
+from .kernel import Kernel
+from .traffic import Traffic
+
+
+def attend(
+    mesh: Mesh,
+    kernel: Kernel,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    q_rows: Sequence[int],
+    kv_rows: Sequence[int],
+    heads: ulysses.Heads,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    traffic: Traffic,
+) -> torch.Tensor:
+    """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` of this rank's rows -> ``(B, H, S, D)``, memory ``(B, S, H, D)``.
+
+    ``q_rows``, ``kv_rows``: rows on each rank of ``mesh.sequence``. ``mask``: ``(B|1, own heads|1, group rows|1, M_total)``.
+    """
+    size = mesh.ulysses.size
+    group = slice(mesh.ring.rank * size, (mesh.ring.rank + 1) * size)
+    q_group, kv = ulysses.scatter(mesh.ulysses, q, k, v, q_rows=q_rows[group], kv_rows=kv_rows[group], heads=heads, traffic=traffic)
+    blocks = [sum(kv_rows[start : start + size]) for start in range(0, len(kv_rows), size)]
+    out = ring.attend(mesh.ring, kernel, q_group, kv.contiguous(), kv_rows=blocks, mask=mask, scale=scale, traffic=traffic)
+    return ulysses.gather(mesh.ulysses, out, rows=q_rows[group], heads=heads, traffic=traffic)

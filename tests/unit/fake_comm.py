@@ -1,0 +1,115 @@
+"""Ranks as threads: a communicator without processes, for tests of what is exchanged."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from para_core.sequence.mesh import Mesh
+
+T = TypeVar("T")
+TIMEOUT = 20.0
+
+
+class FakeComm:
+    """One rank of a group of threads. A rank that waits longer than ``TIMEOUT`` for the others raises ``RuntimeError``."""
+
+    def __init__(self, rank: int, size: int, board: dict[str, Any]) -> None:
+        self.rank, self.size, self._board = rank, size, board
+        self._shifts: dict[tuple[int, int], int] = {}
+
+    def _swap(self, value: Any) -> list[Any]:
+        """Give ``value`` to all ranks; return what each rank gave."""
+        slots: list[Any] = self._board["slots"]
+        barrier: threading.Barrier = self._board["barrier"]
+        slots[self.rank] = value
+        self._wait(barrier)
+        values = list(slots)
+        self._wait(barrier)
+        return values
+
+    @staticmethod
+    def _wait(barrier: threading.Barrier) -> None:
+        try:
+            barrier.wait(TIMEOUT)
+        except threading.BrokenBarrierError:
+            raise RuntimeError("a rank did not join the collective") from None
+
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int]) -> None:
+        assert sent.is_contiguous() and received.is_contiguous()
+        assert sent.numel() == sum(sent_sizes) and received.numel() == sum(received_sizes)
+        pieces = self._swap(sent.clone().flatten().split(list(sent_sizes)))
+        mine = [pieces[source][self.rank] for source in range(self.size)]
+        assert [piece.numel() for piece in mine] == list(received_sizes), "sender and receiver disagree about sizes"
+        received.copy_(torch.cat(mine).view_as(received))
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(torch.stack(self._swap(tensor.clone())).sum(0))
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
+        tensor.copy_(self._swap(tensor.clone())[root])
+
+    def shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Callable[[], None]:
+        assert sent.is_contiguous() and received.is_contiguous()
+        if sent.numel():
+            self._board["mail"][self.rank, to].put(sent.clone())
+
+        def wait() -> None:
+            if received.numel():
+                try:
+                    block = self._board["mail"][source, self.rank].get(timeout=TIMEOUT)
+                except queue.Empty:
+                    raise RuntimeError(f"rank {source} sent nothing") from None
+                received.copy_(block)
+
+        return wait
+
+
+def fake_comms(size: int) -> list[FakeComm]:
+    """One communicator per rank of a new group."""
+    board = {
+        "slots": [None] * size,
+        "barrier": threading.Barrier(size),
+        "mail": {(a, b): queue.Queue() for a in range(size) for b in range(size)},
+    }
+    return [FakeComm(rank, size, board) for rank in range(size)]
+
+
+def fake_meshes(ring: int, ulysses: int) -> list[Mesh]:
+    """One mesh per rank, Ulysses neighbours next to each other."""
+    sequence = fake_comms(ring * ulysses)
+    inner = [fake_comms(ulysses) for _ in range(ring)]
+    outer = [fake_comms(ring) for _ in range(ulysses)]
+    return [
+        Mesh(sequence[rank], inner[rank // ulysses][rank % ulysses], outer[rank % ulysses][rank // ulysses])
+        for rank in range(ring * ulysses)
+    ]
+
+
+def on_ranks(size: int, work: Callable[[int], T], comms: Sequence[FakeComm] = ()) -> list[T]:
+    """Run ``work(rank)`` in one thread per rank; return the results, or raise the first rank's own error."""
+    results: list[Any] = [None] * size
+    errors: list[BaseException | None] = [None] * size
+
+    def body(rank: int) -> None:
+        try:
+            with torch.inference_mode():
+                results[rank] = work(rank)
+        except BaseException as error:  # noqa: BLE001 - handed to the caller
+            errors[rank] = error
+            for comm in comms:
+                comm._board["barrier"].abort()
+
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    raised = [error for error in errors if error is not None]
+    if raised:
+        raise next((error for error in raised if "did not join" not in str(error)), raised[0])
+    return results
