@@ -1,0 +1,86 @@
+"""What a worker process runs, and how it notices that ComfyUI has gone.
+
+Run as a script, with the path of the worker's socket as its only argument. This file needs the standard library alone, so
+that a parent's death is noticed while torch is still being imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+# Seconds between looks at the parent. The end of the channel says it sooner; this covers a worker that does not listen.
+_POLL = 0.5
+
+# Seconds that a dying parent may need between closing its files and handing its children on.
+_REAPED = 2.0
+
+
+def key_file(socket_path: str | Path) -> Path:
+    """Where the pool leaves ``{"authkey": hex, "parent": pid}`` for the worker, readable by this user alone."""
+    return Path(f"{socket_path}.key")
+
+
+def parent_of(socket_path: str | Path) -> int:
+    """Process id of rank 0, as the pool wrote it down. Raises OSError if the pool has gone and taken its directory along."""
+    return json.loads(key_file(socket_path).read_text())["parent"]
+
+
+def watch_parent(parent: int, directory: Path) -> None:
+    """From now on, end this process within a second of its parent's end, and remove ``directory``."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL)
+        _vanish(directory)
+
+    threading.Thread(target=watch, name="paradit-parent", daemon=True).start()
+
+
+def leave(parent: int, directory: Path) -> None:
+    """End this process at once, whatever its threads do: for a worker whose channel has closed.
+
+    If rank 0 has died, ``directory`` goes too: there is nobody else to remove it.
+    """
+    deadline = time.monotonic() + _REAPED
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if os.getppid() != parent:
+        _vanish(directory)
+    os._exit(0)
+
+
+def _vanish(directory: Path) -> None:
+    # Siblings do the same at the same moment, each tolerating what the others have removed already.
+    for _ in range(3):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            break
+    os._exit(0)
+
+
+def main(socket_path: str) -> None:
+    """Make ``para_core`` importable under its own name, then run the worker."""
+    here = Path(__file__).resolve()
+    # Python puts a script's folder first, where our modules would hide others'. The pack goes last: it has a `nodes` folder,
+    # and `import nodes` must find ComfyUI's.
+    sys.path[:] = [entry for entry in sys.path if entry != str(here.parent)]
+    sys.path.append(str(here.parents[2]))
+    try:
+        parent = parent_of(socket_path)
+    except OSError:
+        return
+    watch_parent(parent, Path(socket_path).parent)
+
+    from para_core.group.worker import main as work
+
+    work(socket_path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
