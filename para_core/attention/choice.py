@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from ..log import log
 from .backends import BACKENDS, Backend, Request
+from .backends.base import first_line
 from .backends.pytorch import run_lse as pytorch_lse
 from .call import Call, StockKernel
 from .kernel import Kernel
@@ -48,11 +49,12 @@ def wanted(setting: str) -> tuple[str, ...]:
 
 
 @dataclass
-class _Decision:
-    """The backends that can take a request, best first, and why earlier ones cannot."""
+class Decision:
+    """The backends that can take a kind of call, best first, and why better ones cannot."""
 
-    candidates: list[Backend]
-    reasons: list[str]
+    request: Request
+    candidates: list[Backend] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -74,13 +76,14 @@ class Chooser:
     """Calls that went to another backend than wanted: (backend used, why the wanted one could not) -> calls."""
     uses: Counter[str] = field(default_factory=Counter)
     """Calls each backend computed."""
+    replaced: dict[str, str] = field(default_factory=dict)
+    """Backends that failed and are out for the rest of the run -> why."""
 
     def __post_init__(self) -> None:
         if self.setting is not None and self.setting not in SETTINGS:
             raise ValueError(f"unknown attention backend {self.setting!r}; one of {', '.join(SETTINGS)}")
         self._table = {backend.name: backend for backend in self.table}
-        self._decisions: dict[Request, _Decision] = {}
-        self._replaced: dict[str, str] = {}
+        self._decisions: dict[Hashable, Decision] = {}
         self._said: set[str] = set()
         self._kernels = {allowed: ChosenKernel(self, allowed) for allowed in (True, False)}
         if self.previous is not None and self.setting not in (None, "auto"):
@@ -100,47 +103,61 @@ class Chooser:
         return self._kernels[call.low_precision]
 
     def begin_forward(self) -> None:
-        """A forward starts: the next quantised call is that of its first layer."""
+        """A forward starts: the next call is that of its first layer."""
         self.check.begin_forward()
 
-    def candidates(self, request: Request) -> _Decision:
-        """The backends for ``request``, decided once per kind of call."""
-        decision = self._decisions.get(request)
-        if decision is None:
-            decision = self._decisions[request] = self._decide(request)
-        return decision
+    def end_forward(self) -> bool:
+        """Whether the forward's attention can be used. Waits for the device where quantising kernels ran.
 
-    def replace(self, backend: Backend, reason: str) -> None:
-        """Do not use ``backend`` for the rest of the run, and say so."""
-        self._replaced[backend.name] = reason
+        False: a kernel gave NaN or infinity in some call; it is replaced for the rest of the run, and the forward should be
+        computed again. Ranks decide that together.
+        """
+        broken = self.check.broken()
+        for name in broken:
+            self.replace(name, "its output has NaN or infinity")
+        return not broken
+
+    def replace(self, name: str, reason: str) -> None:
+        """Do not use backend ``name`` for the rest of the run, and say so. The exact kernel of last resort stays."""
+        if name == "pytorch":
+            return
+        self.replaced[name] = reason
         self._decisions.clear()
-        self._say_once(f"Attention backend {backend.name} is not used for the rest of this run: {reason}.")
+        self._say_once(f"Attention backend {name} is not used for the rest of this run: {reason}.")
 
-    def exclude(self, request: Request, backend: Backend, reason: str) -> None:
+    def exclude(self, decision: Decision, backend: Backend, reason: str) -> None:
         """``backend`` failed on such a call: pass it over for this kind of call."""
-        decision = self._decisions[request]
         decision.candidates.remove(backend)
         decision.reasons.append(f"{backend.name}: {reason}")
         self._say_once(f"Attention backend {backend.name} failed and is replaced: {reason}.")
 
-    def _decide(self, request: Request) -> _Decision:
+    def decide(
+        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float | None, *, needs_lse: bool, low_precision_ok: bool
+    ) -> Decision:
+        """The backends for such a call, decided once per kind of call."""
+        kind = None if mask is None else mask.dtype
+        key = (q.dtype, q.device, q.shape, k.shape, kind, scale is None, needs_lse, low_precision_ok)
+        decision = self._decisions.get(key)
+        if decision is None:
+            request = request_of(q, k, mask, scale, needs_lse=needs_lse, low_precision_ok=low_precision_ok)
+            decision = self._decisions[key] = self._decide(request)
+        return decision
+
+    def _decide(self, request: Request) -> Decision:
         explicit = wanted(self.setting or "auto")
-        names = [*explicit, *(name for name in self.order(request) if name not in explicit), "pytorch"]
-        decision = _Decision([], [])
-        for name in dict.fromkeys(names):
+        # Whoever names an exact kernel does not want a quantising one in its place.
+        exact_only = self.setting == "exact" or any(self._table[name].exact for name in explicit if name in self._table)
+        decision = Decision(request)
+        for name in dict.fromkeys((*explicit, *self.order(request), "pytorch")):
             backend = self._table.get(name)
-            if backend is None:
+            if backend is None or (exact_only and not backend.exact):
                 continue
-            if self.setting == "exact" and not backend.exact:
+            missing = backend.probe()
+            if missing is not None and name in explicit[:1]:
+                self._say_once(f"Attention backend {name} is not available here: {missing}. To install it: {backend.install}.")
+            elif missing is not None:
                 continue
-            reason = self._replaced.get(name) or backend.probe()
-            if reason is not None:
-                if name not in explicit:
-                    continue
-                if name == explicit[0] and name not in self._replaced:
-                    self._say_once(f"Attention backend {name} is not available here: {reason}. To install it: {backend.install}.")
-            else:
-                reason = self._refusal(backend, request)
+            reason = missing or self.replaced.get(name) or self._refusal(backend, request)
             if reason is None:
                 decision.candidates.append(backend)
             elif not decision.candidates:
@@ -154,6 +171,11 @@ class Chooser:
         if request.needs_lse and backend.run_lse is None:
             return "it gives no log-sum-exp"
         return backend.refuse(request)
+
+    def report(self) -> list[str]:
+        """What computed the calls of this run, one line per backend and per reason for falling back."""
+        lines = [f"{name}: {calls} calls" for name, calls in self.uses.most_common()]
+        return lines + [f"{used} instead of {reason} ({calls} calls)" for (used, reason), calls in self.counts.most_common()]
 
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._said:
@@ -188,10 +210,9 @@ class ChosenKernel:
         chooser = self.chooser
         if mask is not None:
             mask = as_4d(mask)
-        request = request_of(q, k, mask, scale, needs_lse=needs_lse, low_precision_ok=self.low_precision_ok)
         chooser.check.next_call()
         while True:
-            decision = chooser.candidates(request)
+            decision = chooser.decide(q, k, mask, scale, needs_lse=needs_lse, low_precision_ok=self.low_precision_ok)
             backend = decision.candidates[0]
             last = len(decision.candidates) == 1
             try:
@@ -201,12 +222,12 @@ class ChosenKernel:
             except Exception as error:  # noqa: BLE001 - kernels of others raise anything, from Triton's compiler to assertions
                 if last:
                     raise
-                chooser.exclude(request, backend, f"{type(error).__name__}: {first_line(error)}")
+                chooser.exclude(decision, backend, f"{type(error).__name__}: {first_line(error)}")
                 continue
             if not backend.exact and not last:
-                fault = chooser.check.fault(request, backend.name, q, k, v, mask, scale, out, lse)
+                fault = chooser.check.fault(decision.request, backend.name, q, k, v, mask, scale, out, lse)
                 if fault is not None:
-                    chooser.replace(backend, fault)
+                    chooser.replace(backend.name, fault)
                     continue
             chooser.uses[backend.name] += 1
             for reason in decision.reasons:
@@ -252,10 +273,6 @@ def pytorch_lse_4d(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The exact kernel with log-sum-exp, for a mask of any form."""
     return pytorch_lse(q, k, v, mask=None if mask is None else as_4d(mask), scale=scale)
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "").rstrip(".")
 
 
 def _run(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -78,3 +81,31 @@ def rows_without_keys(mask: torch.Tensor) -> torch.Tensor:
 def mark_empty(lse: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Give rows without keys the log-sum-exp -inf: kernels report 0, NaN or +inf there."""
     return lse if mask is None else lse.masked_fill(rows_without_keys(mask), float("-inf"))
+
+
+def nvidia_only(request: Request, capability: tuple[int, int]) -> str | None:
+    """The refusal of a kernel for NVIDIA GPUs from ``capability`` on."""
+    if request.device_type != "cuda":
+        return f"it runs on NVIDIA GPUs, not on {request.device_type}"
+    if request.capability < capability:
+        have, need = (".".join(map(str, version)) for version in (request.capability, capability))
+        return f"it needs compute capability {need}, this device has {have}"
+    return None
+
+
+def load(name: str, *functions: str) -> ModuleType | str:
+    """The package ``name`` if it can be imported and has ``functions``, else why not, in words that end a sentence."""
+    try:
+        if find_spec(name) is None:
+            return f"the package {name} is not installed"
+        module = import_module(name)
+    # What broken installs raise: missing dependencies, libraries built for another PyTorch, checks at import.
+    except (ImportError, OSError, RuntimeError, AttributeError, AssertionError, ValueError, TypeError) as error:
+        return f"the package {name} is installed but does not load ({type(error).__name__}: {first_line(error)})"
+    missing = [function for function in functions if not hasattr(module, function)]
+    return f"the package {name} has no {missing[0]}" if missing else module
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without its full stop."""
+    return next(iter(str(error).splitlines()), "").rstrip(".")
