@@ -1,0 +1,46 @@
+"""Fixtures: the real ComfyUI server, and ComfyUI's modules imported into the test process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from env import comfy_import
+from env.prepare import Environment
+from env.server import Server
+
+
+@pytest.fixture(scope="session")
+def comfy_path() -> Path:
+    """Root of the ComfyUI tree under test."""
+    return Environment.locate().comfyui
+
+
+@pytest.fixture(scope="session")
+def comfy() -> Iterator[None]:
+    """Makes `import comfy.*` work inside the test; import within the test function, after this fixture."""
+    comfy_import.boot_comfy()
+    yield
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """One server for the whole session. Tests that stop it, or need flags of their own, start another Server."""
+    with Server() as running:
+        yield running
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """A failed test that used the server shows the end of its log."""
+    report = yield
+    running = getattr(item, "funcargs", {}).get("server")
+    if report.failed and isinstance(running, Server):
+        report.sections.append(("end of the ComfyUI log", running.log_tail(40)))
+    return report
+
+
+def pytest_report_header() -> str:
+    return f"ComfyUI: {Environment.locate().comfyui}, Python {sys.version.split()[0]}"

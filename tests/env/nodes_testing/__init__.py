@@ -1,0 +1,64 @@
+"""Nodes that exist only in the test server: seeded conditioning without a text encoder, and latents of any size."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import ComfyExtension, io
+
+
+class TestConditioning(io.ComfyNode):
+    """Seeded random text features, as a text encoder would give them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TestConditioning",
+            category="testing",
+            inputs=[
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1),
+                io.Int.Input("tokens", default=16, min=1, max=4096),
+                io.Int.Input("width", default=128, min=1, max=16384),
+                io.Int.Input("pooled_width", default=0, min=0, max=16384, tooltip="0 = no pooled output"),
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, seed: int, tokens: int, width: int, pooled_width: int) -> io.NodeOutput:
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(1, tokens, width, generator=generator)
+        options = {"pooled_output": torch.randn(1, pooled_width, generator=generator)} if pooled_width else {}
+        return io.NodeOutput([[features, options]])
+
+
+class TestLatent(io.ComfyNode):
+    """An empty latent whose sides are given in latent pixels, for sizes the stock nodes round away."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TestLatent",
+            category="testing",
+            inputs=[
+                io.Int.Input("width", default=16, min=1, max=4096),
+                io.Int.Input("height", default=16, min=1, max=4096),
+                io.Int.Input("frames", default=0, min=0, max=4096, tooltip="0 = an image: no axis for frames"),
+                io.Int.Input("batch_size", default=1, min=1, max=64),
+                io.Int.Input("channels", default=16, min=1, max=256),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, width: int, height: int, frames: int, batch_size: int, channels: int) -> io.NodeOutput:
+        time = (frames,) if frames else ()
+        return io.NodeOutput({"samples": torch.zeros(batch_size, channels, *time, height, width)})
+
+
+class TestingExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [TestConditioning, TestLatent]
+
+
+async def comfy_entrypoint() -> TestingExtension:
+    return TestingExtension()
