@@ -69,17 +69,17 @@ class SelfCheck:
         exact, exact_lse = exact_attention(q[:, :, rows], k, v, mask=rows_mask, scale=scale)
         # What a kernel leaves in rows without keys is nobody's business.
         empty = exact_lse == NO_KEYS
-        numbers = [relative_error(*(tensor.float().masked_fill(empty.unsqueeze(-1), 0.0) for tensor in (out[:, :, rows], exact)))]
-        numbers.append(
-            torch.zeros_like(numbers[0]) if lse is None else (lse[:, :, rows] - exact_lse).masked_fill(empty, 0.0).square().mean().sqrt()
-        )
+        rows_out, exact = (tensor.float().masked_fill(empty.unsqueeze(-1), 0.0) for tensor in (out[:, :, rows], exact))
+        numbers = [relative_error(rows_out, exact), torch.zeros((), device=q.device)]
+        if lse is not None:
+            numbers[1] = _finite((lse[:, :, rows] - exact_lse).masked_fill(empty, 0.0).square().mean().sqrt(), lse[:, :, rows], exact)
         error, lse_error = torch.stack(numbers).tolist()
         if math.isinf(error):
             return "its output has NaN or infinity"
         self.worst[name] = max(error, self.worst.get(name, 0.0))
         if error > self.bound:
             return f"its output differs from exact attention by {error:.2g} (relative L2, bound {self.bound:g})"
-        if not lse_error <= LSE_BOUND:
+        if lse_error > LSE_BOUND:
             return f"its log-sum-exp differs from the exact one by {lse_error:.2g} (bound {LSE_BOUND:g})"
         return None
 
@@ -106,7 +106,12 @@ def relative_error(out: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     0 where ``exact`` has them too: the inputs are broken then, not the kernel.
     """
     error = torch.linalg.vector_norm(out - exact) / torch.linalg.vector_norm(exact).clamp_min(1e-12)
-    error = error.masked_fill(~torch.isfinite(out).all(), float("inf"))
+    return _finite(error, out, exact)
+
+
+def _finite(error: torch.Tensor, got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """``error``, or infinity where ``got`` is not finite, or 0 where ``exact`` is not."""
+    error = error.masked_fill(torch.isnan(error) | torch.isnan(got).any() | torch.isposinf(got).any(), float("inf"))
     return error.masked_fill(~torch.isfinite(exact).all(), 0.0)
 
 

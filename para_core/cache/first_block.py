@@ -8,7 +8,7 @@ residuals) is part of that residual already and is overwritten, not counted twic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,19 @@ class Chunk:
     index: int
     start: int
     stop: int
+
+
+def chunks(keys: Sequence[Hashable], rows: int, start: int, stop: int, offset: int = 0) -> tuple[Chunk, ...]:
+    """The conditions in batch rows ``start:stop`` of a forward that has ``rows`` rows for each of ``keys``.
+
+    ``offset``: conditions of the step that come before this forward's.
+    """
+    found = []
+    for index, key in enumerate(keys):
+        low, high = max(index * rows, start), min((index + 1) * rows, stop)
+        if low < high:
+            found.append(Chunk(key, offset + index, low - start, high - start))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class Entry:
 class FirstBlockCache:
     """Per process and sampling run. ``comm``: every rank of the step; one of them alone needs no collective.
 
-    Set ``step`` before a forward and read ``hit`` and ``changes`` (per condition of the step) after it.
+    ``begin`` a step before a forward and read ``hit`` and ``changes`` (per condition of the step) after it.
     """
 
     def __init__(self, hooks: Hooks):
@@ -69,6 +82,10 @@ class FirstBlockCache:
             wrap = self._first_block if index == 0 else self._later_block
             block.forward = wrap(spec, block.forward, parameters(block), index == len(flat) - 1)
             self._replaced.append(block)
+
+    def begin(self, step: Step | None, comm: Comm | None = None) -> None:
+        self.step, self.comm = step, comm
+        self.hit, self.changes = False, ()
 
     def remove(self) -> None:
         for block in self._replaced:
@@ -113,11 +130,15 @@ class FirstBlockCache:
             self._entries[chunk.key] = Entry(torch.empty(0), History(self.step.order))
         return self._entries[chunk.key]
 
+    def _complete(self, key: Hashable) -> bool:
+        """False where a patch kept the last block from running, so that nothing is known of the rest."""
+        return key in self._entries and bool(self._entries[key].rest.points)
+
     def _decide(self, residual: torch.Tensor) -> bool:
         """Reduce the sums over all ranks once; rank 0 decides and all follow."""
         step = self.step
-        self.changes = ()
-        if not step.compare:
+        alone = self.comm is None or self.comm.size == 1
+        if not step.compare or alone and not all(self._complete(chunk.key) for chunk in step.chunks):
             for chunk in step.chunks:
                 self._entries.pop(chunk.key, None)
             return False
@@ -126,7 +147,7 @@ class FirstBlockCache:
             previous = self._entries[chunk.key].first
             sums[chunk.index, 0] += (previous - residual[chunk.start : chunk.stop]).abs().sum(dtype=torch.float32)
             sums[chunk.index, 1] += previous.abs().sum(dtype=torch.float32)
-        if self.comm is None or self.comm.size == 1:
+        if alone:
             self.changes = tuple(change(*pair) for pair in sums.tolist())
             return step.may_hit and decide(self.changes, step.threshold)
         self.comm.all_reduce(sums)

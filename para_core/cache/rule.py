@@ -8,7 +8,7 @@ tokens; a step is a hit when mean|R_prev - R| / mean|R_prev| is under the thresh
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..settings import Cache
@@ -51,11 +51,11 @@ class Decisions:
     conditions: dict[Hashable, Condition] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
 
-    def known(self, keys: Sequence[Hashable], shape: Hashable) -> bool:
-        """True where every condition has a computed forward of this very shape to compare with."""
-        return all(key in self.conditions and self.conditions[key].shape == shape for key in keys)
+    def known(self, shapes: Mapping[Hashable, Hashable]) -> bool:
+        """True where every condition has a computed forward of its very shape (by key) to compare with."""
+        return all(key in self.conditions and self.conditions[key].shape == shape for key, shape in shapes.items())
 
-    def may_hit(self, keys: Sequence[Hashable], sigma: float) -> bool:
+    def may_hit(self, keys: Iterable[Hashable], sigma: float) -> bool:
         limit = self.settings.max_consecutive_hits
         return (
             self.settings.threshold > 0
@@ -63,13 +63,14 @@ class Decisions:
             and all(limit < 0 or self.conditions[key].hits < limit for key in keys if key in self.conditions)
         )
 
-    def record(self, keys: Sequence[Hashable], shape: Hashable, sigma: float, changes: Sequence[float | None], hit: bool) -> None:
-        for key in keys:
+    def record(self, shapes: Mapping[Hashable, Hashable], sigma: float, changes: Sequence[float], hit: bool) -> None:
+        """A forward of these conditions has run. ``changes``: one a condition, or none at all."""
+        for key, shape in shapes.items():
             if hit:
                 self.conditions[key].hits += 1
             else:
                 self.conditions[key] = Condition(shape)
-        self.records.append(Record(sigma, tuple(changes), hit))
+        self.records.append(Record(sigma, tuple(changes) or (None,) * len(shapes), hit))
 
     def forget(self) -> None:
         """Cold start: every condition is computed before it can hit again."""

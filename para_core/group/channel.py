@@ -41,6 +41,11 @@ class Channel:
         self._telling = threading.Lock()
         self._hearing = threading.Lock()
 
+    @property
+    def closed(self) -> bool:
+        """Whether this end has been closed."""
+        return self._connection.closed
+
     def fileno(self) -> int:
         """For ``multiprocessing.connection.wait`` and ``select``."""
         return self._connection.fileno()
@@ -55,7 +60,7 @@ class Channel:
                 self._connection.send_bytes(message)
                 for data in raw:
                     self._connection.send_bytes(data.numpy().data)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise ChannelClosed(f"the channel closed while passing {kind!r}") from error
 
     def hear(self, timeout_s: float | None = None) -> tuple[str, Any]:

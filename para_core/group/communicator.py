@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +63,7 @@ class _Life:
 
 
 class Communicator:
-    """``para_core.sequence.mesh.Comm`` between processes. Made by ``join`` and ``split``.
+    """``para_core.sequence.mesh.Comm`` between processes. Made by ``join`` and ``split``. All members shift together.
 
     rank, size: within this communicator. ranks: its members' ranks in the joined one. device: where its tensors live.
 
@@ -133,18 +135,20 @@ class Communicator:
         assert self._store is not None
         store = PrefixStore(f"{name}/", self._store)
         self._meet(store, timeout_s)
-        try:
-            if self.device.type == "cpu":
-                self._gloo_device = self._gloo_device or _loopback_device()
-                self._transport = _Gloo(store, self.rank, self.size, self._gloo_device, self._timeout_s, self._life)
-            else:
-                self._transport = _Nccl(store, self.rank, self.size, self.device, self._life)
-        except RuntimeError as error:
-            raise _failed(error) from error
+        deadline = time.monotonic() + timeout_s
+        self._meet(store, timeout_s)
+        self._transport = _interruptible(lambda: self._connect(store), deadline, self._life.check)
         self._life.transports.append(self._transport)
+        self._life.check()  # an abort meanwhile did not see the new transport
+
+    def _connect(self, store: Store) -> _Transport:
+        if self.device.type != "cpu":
+            return _Nccl(store, self.rank, self.size, self.device)
+        self._gloo_device = self._gloo_device or _loopback_device()
+        return _Gloo(store, self.rank, self.size, self._gloo_device, self._timeout_s, self._life)
 
     def _meet(self, store: Store, timeout_s: float) -> None:
-        """Wait for all members. Afterwards the backends connect within milliseconds; by themselves they cannot be told to stop."""
+        """Wait for all members. The backends then connect within milliseconds; a wait of their own could not be ended."""
         store.set(f"here{self.rank}", "1")
         deadline = time.monotonic() + timeout_s
         pause = 0.001
@@ -184,18 +188,14 @@ class Communicator:
         self._life.check()
         with _failures():
             work = transport.start_shift(_flat(sent), to, _flat(received), source)
-
-        def wait() -> None:
-            with _failures():
-                transport.finish(work)
-
-        return wait
+        return lambda: transport.finish(work)
 
     def _run(self, start: Callable[[_Transport], Any]) -> None:
         self._life.check()
         if self._transport is not None:
             with _failures():
-                self._transport.finish(start(self._transport))
+                work = start(self._transport)
+            self._transport.finish(work)
 
     def settle(self, timeout_s: float | None = None) -> None:
         """Block until what was enqueued on the current CUDA stream is done; nothing to do on the CPU.
@@ -272,19 +272,35 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return as_bytes(tensor)
 
 
-def _failed(error: RuntimeError) -> CommunicationFailed:
-    lines = str(error).strip().splitlines()
-    return CommunicationFailed(lines[0] if lines else "the collective failed")
-
-
 @contextlib.contextmanager
-def _failures():
+def _failures() -> Iterator[None]:
+    """Name the backends' errors as ours, without gloo's source location and advice."""
     try:
         yield
     except CommunicationFailed:
         raise
     except RuntimeError as error:
-        raise _failed(error) from error
+        text = str(error).strip().splitlines() or ["the collective failed"]
+        raise CommunicationFailed(re.sub(r"^\[[^]]*\] ", "", text[0]).partition(". This is typically")[0]) from error
+
+
+def _interruptible(make: Callable[[], _Transport], deadline: float, check: Callable[[], None]) -> _Transport:
+    """``make()`` in a thread, which is left behind if ``check`` raises or the deadline passes."""
+    made: Future[_Transport] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except RuntimeError as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="paradit-connect", daemon=True).start()
+    while not wait([made], timeout=_LOOK).done:
+        check()
+        if time.monotonic() > deadline:
+            raise CommunicationFailed("the ranks met, but did not connect in time")
+    with _failures():
+        return made.result()
 
 
 def _loopback_device() -> Any:
@@ -315,7 +331,8 @@ class _Gloo:
         options._timeout = timedelta(seconds=timeout_s)
         self._rank, self._size, self._life = rank, size, life
         self._pending: list[Any] = []
-        self._group: Any = gloo(store, rank, size, options)
+        self._group: Any = None
+        self._group = gloo(store, rank, size, options)
 
     def start_all_to_all(self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]) -> Any:
         return self._started(self._group.alltoall_base(received, sent, received_sizes, sent_sizes, dist.AllToAllOptions()))
@@ -339,17 +356,22 @@ class _Gloo:
         return work
 
     def finish(self, work: Any) -> None:
-        while True:
+        while not self._ended(work):
+            self._life.check()
+
+    def _ended(self, work: Any) -> bool:
+        """Wait for a moment. Raises what the collective failed with."""
+        with _failures():
             try:
                 work.wait(timedelta(seconds=_LOOK))
-                break
             except RuntimeError:
-                if work.is_completed():
-                    self._pending.remove(work)
-                    work.wait()  # raises the collective's own error, if it has one
-                    return
-                self._life.check()
+                if not work.is_completed():
+                    return False
+                self._pending.remove(work)
+                work.wait()  # what was caught may have been the moment's end
+                return True
         self._pending.remove(work)
+        return True
 
     def abort(self) -> None:
         # Neither abort() nor shutdown() of a gloo group does anything. What closes all its connections is a receive that
@@ -376,11 +398,10 @@ _ABORT_TAG = 2**30  # a tag that nobody uses
 
 
 class _Nccl:
-    def __init__(self, store: Store, rank: int, size: int, device: torch.device, life: _Life):
+    def __init__(self, store: Store, rank: int, size: int, device: torch.device):
         _bind_nccl_to_loopback()
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = _NEVER
-        self._life = life
         self._group: Any = dist.ProcessGroupNCCL(store, rank, size, options)
         self._group.eager_connect_single_device(device)
 
@@ -406,7 +427,8 @@ class _Nccl:
 
     def finish(self, work: Any) -> None:
         if work is not None:
-            work.wait()
+            with _failures():
+                work.wait()
 
     def abort(self) -> None:
         if self._group is not None:

@@ -91,7 +91,8 @@ class Pool:
     def __init__(self, script: Path | None = None, environment: Mapping[str, str] | None = None):
         self.workers: list[WorkerProcess] = []
         self._script = script or LAUNCH
-        self._environment = dict(environment or {})
+        # Unbuffered: the last lines before a crash are the ones to show.
+        self._environment = {"PYTHONUNBUFFERED": "1", **(environment or {})}
         self._directory: Path | None = None
         self._count = 0
 

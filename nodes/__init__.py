@@ -1,0 +1,18 @@
+"""The pack's nodes, one file a feature."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .attention import ParaAttention
+from .cache import ParaFirstBlockCache
+from .parallel import ParaParallel
+
+
+class ParaDiT(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [ParaParallel, ParaAttention, ParaFirstBlockCache]
+
+
+async def comfy_entrypoint() -> ParaDiT:
+    return ParaDiT()

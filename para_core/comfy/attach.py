@@ -1,0 +1,31 @@
+"""What a node does to a model: attach frozen settings and the one wrapper that reads them when sampling starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_patcher
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+from ..log import log
+from ..settings import Attention, Cache, Parallel
+from . import sidecars
+from .session import KEY, sample
+
+Settings = Parallel | Attention | Cache
+
+
+def attach(model: comfy.model_patcher.ModelPatcher, settings: Settings) -> comfy.model_patcher.ModelPatcher:
+    """A clone of ``model`` with ``settings`` among its options; the later of two of a kind wins."""
+    model = model.clone()
+    found: dict[str, Any] = dict(model.model_options.get(KEY, {}))
+    kind = type(settings).__name__
+    if kind in found and found[kind] != settings:
+        log.warning("two nodes set %s on this model: the later one wins, %s", kind, settings)
+    found[kind] = settings
+    model.model_options[KEY] = found
+    model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)
+    model.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
+    model.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, sidecars.detached)
+    return model

@@ -1,0 +1,102 @@
+"""One call of the diffusion model as stock code makes it: its parts, its conditions, and what of it can travel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from ..sequence.hooks import Arguments
+from ..sequence.rows import take
+from .lanes import Call
+
+CODE = ("wrappers", "callbacks")  # act outside of the diffusion model, on rank 0 only
+OVERRIDE = "optimized_attention_override"
+
+
+def entry(model: torch.nn.Module) -> str:
+    """The method that runs inside every other wrapper: ``_forward`` where a family has one, else ``forward``."""
+    return "_forward" if hasattr(type(model), "_forward") else "forward"
+
+
+def names(model: torch.nn.Module) -> list[str]:
+    """Positional parameters of the entry method, without self."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    signature = inspect.signature(getattr(type(model), entry(model)))
+    return [name for name, parameter in signature.parameters.items() if parameter.kind in kinds][1:]
+
+
+class ModelCall:
+    """A call read by name. ``chunks``: conditions in it, each ``rows // chunks`` batch rows."""
+
+    def __init__(self, call: Call, parameters: list[str]):
+        self.call, self.parameters = call, parameters
+        self.arguments = Arguments(parameters, call.args, call.kwargs)
+        self.x: torch.Tensor = call.args[0]
+        self.rows = self.x.shape[0]
+        self.options: dict[str, Any] = self.arguments.get("transformer_options") or {}
+        self.chunks = max(1, len(self.options.get("cond_or_uncond", ())))
+
+    @property
+    def keys(self) -> list[Hashable]:
+        """What identifies each condition from step to step: its uuid, or its place where a caller sets none."""
+        uuids = self.options.get("uuids")
+        return list(uuids) if uuids is not None and len(uuids) == self.chunks else list(range(self.chunks))
+
+    @property
+    def sigma(self) -> float:
+        sigmas = self.options.get("sigmas")
+        return float(sigmas.flatten()[0]) if isinstance(sigmas, torch.Tensor) and sigmas.numel() else 0.0
+
+    def shape(self) -> Hashable:
+        """What must not change between two forwards for one to be reused in the other (rows apart)."""
+        context = self.arguments.get("context") if "context" in (*self.parameters, *self.call.kwargs) else None
+        length = context.shape[1:] if isinstance(context, torch.Tensor) else None
+        return (self.x.shape[1:], self.x.dtype, length, self.rows // self.chunks)
+
+    def with_options(self, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The call's arguments with other transformer options."""
+        arguments = Arguments(self.parameters, self.call.args, self.call.kwargs)
+        arguments.put("transformer_options", options)
+        return tuple(arguments.args), arguments.kwargs
+
+    def part(self, start: int, stop: int, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Arguments for batch rows ``start:stop``, with ``options`` for the transformer options."""
+        if (start, stop) == (0, self.rows):
+            return self.with_options(options)
+        per_chunk = self.rows // self.chunks
+        inside = [chunk for chunk in range(self.chunks) if chunk * per_chunk < stop and (chunk + 1) * per_chunk > start]
+        options = dict(options)
+        for name in ("cond_or_uncond", "uuids"):
+            if len(options.get(name, ())) == self.chunks:
+                options[name] = [options[name][chunk] for chunk in inside]
+        if "sigmas" in options:
+            options["sigmas"] = take(options["sigmas"], self.rows, start, stop)
+        args, kwargs = self.with_options({})
+        args, kwargs = take(args, self.rows, start, stop), take(kwargs, self.rows, start, stop)
+        arguments = Arguments(self.parameters, args, kwargs)
+        arguments.put("transformer_options", options)
+        return tuple(arguments.args), arguments.kwargs
+
+
+def travelling(options: dict[str, Any]) -> dict[str, Any]:
+    """The transformer options that other ranks need: everything but code that acts outside, and our own override."""
+    return {name: value for name, value in options.items() if name not in (*CODE, OVERRIDE, "patches", "patches_replace")}
+
+
+def obstacle(options: dict[str, Any]) -> str:
+    """What in ``options`` is code that would have to run on every rank, in words; "" if there is none."""
+    for kind in ("patches", "patches_replace"):
+        for name, held in (options.get(kind) or {}).items():
+            functions = list(held.values()) if isinstance(held, dict) else list(held)
+            if functions:
+                return f"the {name} {kind.removesuffix('es').replace('_', ' ')} {title(functions[0])}"
+    return ""
+
+
+def title(function: Any) -> str:
+    """A name users may recognise: the function's, or its class's, with its module."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__.rpartition('/')[2]}.{named.__qualname__}".replace(".<locals>", "")

@@ -1,0 +1,214 @@
+"""One sampling run: reads what the nodes attached, installs what it needs, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Hashable
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from ..attention.choice import Chooser
+from ..cache.first_block import Step, chunks
+from ..cache.predictor import ORDERS
+from ..cache.rule import Decisions, Window
+from ..execution.runner import AttentionOverride, Runner
+from ..group.group import RankLost
+from ..log import log
+from ..plans import PlanError, plan_for
+from ..sequence.mesh import Degrees
+from ..sequence.solo import SOLO_MESH
+from ..settings import Attention, Cache, Parallel
+from . import calls, sidecars
+from .calls import ModelCall
+from .lanes import Call, Lanes
+from .notify import Notes, show
+from .split import Split
+
+KEY = "paradit"
+
+
+def sample(executor, *args, **kwargs):
+    """OUTER_SAMPLE wrapper of every model that carries our settings."""
+    session = Session(executor.class_obj, steps=len(args[3]) - 1 if len(args) > 3 else 0)
+    try:
+        session.open()
+        return executor(*args, **kwargs)
+    finally:
+        session.close()
+
+
+class Session:
+    """The state of one run on rank 0: settings, hooks, decisions of the cache, the split, and what to report."""
+
+    def __init__(self, guider: comfy.samplers.CFGGuider, *, steps: int):
+        self.patcher = guider.model_patcher
+        self.options: dict[str, Any] = guider.model_options
+        settings: dict[str, Any] = self.options.get(KEY, {})
+        self.parallel: Parallel | None = settings.get("Parallel")
+        self.attention: Attention | None = settings.get("Attention")
+        self.caching: Cache | None = settings.get("Cache")
+        self.model: torch.nn.Module = self.patcher.model.diffusion_model
+        self.names = calls.names(self.model)
+        self.notes = Notes()
+        self.lanes = Lanes()
+        self.split: Split | None = None
+        self.runner: Runner | None = None
+        self.decisions: Decisions | None = None
+        self.steps, self.forwards, self.seconds = steps, 0, 0.0
+        self._undo: list = []
+
+    # -- opening and closing ------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Install what the settings ask for and the model allows; say why where it does not."""
+        options = self.options.setdefault("transformer_options", {})
+        previous = options.get(calls.OVERRIDE)
+        chooser = Chooser(self.attention.backend if self.attention else None, previous, say=self.notes.say)
+        caching = self.caching is not None and self.caching.threshold > 0 and self.caching.max_consecutive_hits != 0
+        devices = sidecars.devices(self.parallel, self.patcher.load_device, self.notes.say) if self.parallel else []
+        if devices:
+            reason = self._obstacle(options, previous)
+            if reason:
+                self.notes.say(f"This run stays on one GPU: {reason}.")
+                devices = []
+        if caching or devices:
+            self._install(chooser, caching, devices)
+        if self.runner is not None:
+            options[calls.OVERRIDE] = self.runner.override
+        elif self.attention is not None:
+            options[calls.OVERRIDE] = AttentionOverride(chooser, None)
+
+    def _obstacle(self, options: dict[str, Any], previous) -> str:
+        """Why this run cannot be split, whatever the model; "" if it can."""
+        if self.patcher.get_additional_models_with_key("multigpu"):
+            return "ComfyUI's own MultiGPU nodes already spread this model"
+        if self.patcher.hook_patches:
+            return "conditioning hooks change the model's weights while it samples"
+        if previous is not None:
+            return f"the attention override {calls.title(previous)} exists in ComfyUI's own process only"
+        code = calls.obstacle(options)
+        return f"{code} exists in ComfyUI's own process only" if code else ""
+
+    def _install(self, chooser: Chooser, caching: bool, devices: list[str]) -> None:
+        plan = plan_for(self.model)
+        if plan is None:
+            self.notes.say(f"ParaDiT has no plan for {type(self.model).__name__} yet: it runs as ComfyUI runs it, on one GPU.")
+            return
+        try:
+            self.runner = Runner(plan, self.model, chooser, cached=caching)
+        except PlanError as error:
+            self.notes.say(f"{error}. It runs as ComfyUI runs it, on one GPU.")
+            return
+        self._undo.append(self.runner.remove)
+        if caching:
+            assert self.caching is not None
+            sampling = self.patcher.get_model_object("model_sampling")
+            window = Window(*(float(sampling.percent_to_sigma(percent)) for percent in (self.caching.start_percent, self.caching.end_percent)))
+            self.decisions = Decisions(self.caching, window)
+        if devices:
+            self.split = Split(self, plan, devices)
+            self._undo.append(self.split.close)
+            for kind, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
+                add_wrapper_with_key(kind, KEY, wrapper, self.options, is_model_options=True)
+        name = calls.entry(self.model)
+        self.original = getattr(self.model, name)
+        replaced = self.model.__dict__.get(name)
+        setattr(self.model, name, self.forward)
+        self._undo.append(lambda: setattr(self.model, name, replaced) if replaced is not None else delattr(self.model, name))
+
+    def close(self) -> None:
+        """Undo everything, in reverse order, and write the run's line to the log."""
+        while self._undo:
+            self._undo.pop()()
+        if self.runner is not None or self.attention is not None:
+            report = self.report()
+            log.info("run: %s", json.dumps(report))
+            show("\n".join([summary(report), *self.notes.said]))
+
+    def report(self) -> dict[str, Any]:
+        """The run in numbers: plain data."""
+        degrees = self.split.used if self.split is not None else Degrees()
+        records = self.decisions.records if self.decisions else []
+        return {
+            "model": type(self.model).__name__,
+            "ranks": degrees.world,
+            "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
+            "steps": self.steps,
+            "forwards": self.forwards,
+            "cached": sum(record.hit for record in records),
+            "seconds_per_step": round(self.seconds / max(1, self.steps), 4),
+            "changes": [[record.sigma, list(record.changes), record.hit] for record in records],
+            "notes": self.notes.said,
+        }
+
+    # -- the model's forward ------------------------------------------------------------------------------------------
+
+    def forward(self, *args, **kwargs):
+        """Stands for the diffusion model's entry method during the run."""
+        call = Call(args, kwargs)
+        lane = self.lanes.current()
+        return lane.ask(call) if lane is not None else self.step([call])[0]
+
+    def step(self, together: list[Call]) -> list[Any]:
+        """Results of model calls that stock code makes one after the other and that may be computed at once."""
+        started = time.perf_counter()
+        model_calls = [ModelCall(call, self.names) for call in together]
+        try:
+            if self.split is not None and self.split.active:
+                try:
+                    return self.split.step(model_calls)
+                except RankLost as lost:
+                    self.give_up(f"A worker was lost, the rest of this run is done on one GPU: {lost}", model_calls)
+            return [self.alone(call) for call in model_calls]
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def give_up(self, reason: str, model_calls: list[ModelCall]) -> None:
+        """Go on with one rank: the cache starts cold, and ComfyUI is asked for the memory of whole steps."""
+        assert self.split is not None and self.runner is not None
+        self.notes.say(reason)
+        self.split.stop()
+        if self.decisions is not None and self.runner.cache is not None:
+            self.decisions.forget()
+            self.runner.cache.forget()
+        needed = max(self.patcher.model.memory_required(list(call.x.shape)) for call in model_calls)
+        loaded = [model for model in comfy.model_management.current_loaded_models if model.model is not None and model.model.model is self.patcher.model]
+        comfy.model_management.free_memory(needed, self.patcher.load_device, keep_loaded=loaded)
+
+    def alone(self, call: ModelCall) -> Any:
+        """One call on this rank, through the cache if there is one."""
+        self.forwards += 1
+        if self.decisions is None:
+            return self.original(*call.call.args, **call.call.kwargs)
+        assert self.runner is not None
+        shapes = {key: call.shape() for key in call.keys}
+        step = self.cache_step(shapes, call.sigma, chunks(call.keys, call.rows // call.chunks, 0, call.rows))
+        result = self.runner.run(self.original, self.names, call.call.args, call.call.kwargs, mesh=SOLO_MESH, step=step)
+        self.record(shapes, call.sigma)
+        return result
+
+    def cache_step(self, shapes: dict[Hashable, Hashable], sigma: float, own: tuple) -> Step | None:
+        """What the cache shall do in a step of these conditions; ``own``: the chunks of this rank's forward."""
+        if self.decisions is None:
+            return None
+        settings = self.decisions.settings
+        compare = self.decisions.known(shapes)
+        may_hit = compare and self.decisions.may_hit(shapes, sigma)
+        return Step(sigma, settings.threshold, own, len(shapes), compare, may_hit, ORDERS[settings.predictor])
+
+    def record(self, shapes: dict[Hashable, Hashable], sigma: float) -> None:
+        """Keep what the cache did in the step that has just run."""
+        if self.decisions is not None and self.runner is not None and self.runner.cache is not None:
+            self.decisions.record(shapes, sigma, self.runner.cache.changes, self.runner.cache.hit)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The run in one line, for the node."""
+    ranks = "1 rank" if report["ranks"] == 1 else f"{report['ranks']} ranks (batch x ring x ulysses = {' x '.join(map(str, report['degrees']))})"
+    cached = f", {report['cached']} of {report['forwards']} forwards cached" if report["changes"] else ""
+    return f"{ranks}{cached}, {report['seconds_per_step']:.3g} s a step"

@@ -1,0 +1,99 @@
+"""The one group of sidecar processes of this ComfyUI: which devices, which models, and when they are freed."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy_execution.utils import get_executing_context
+
+from ..group.group import Group
+from ..settings import Parallel
+from . import flags
+from . import model as models
+
+SCRIPT = Path(__file__).resolve().parents[1] / "sidecar.py"
+MOST_CPU_RANKS = 8
+
+_group: Group | None = None
+_ids: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_next_id = itertools.count(1)
+
+
+def group() -> Group:
+    """Made at first use."""
+    global _group
+    if _group is None:
+        _group = Group(SCRIPT, _hello)
+    return _group
+
+
+def _hello(rank: int, device: str, size: int) -> dict[str, Any]:
+    """What a new worker needs to become the same ComfyUI: its folder and its command-line flags."""
+    root = str(Path(comfy.model_management.__file__).resolve().parents[1])
+    return {"rank": rank, "device": device, "size": size, "root": root, "flags": flags.export()}
+
+
+def devices(settings: Parallel, own: torch.device, say: Callable[[str], None]) -> list[str]:
+    """Devices of ranks 1.., this model being on ``own``; what cannot be had is said and left out."""
+    if own.type == "cpu":
+        if settings.gpus > MOST_CPU_RANKS:
+            say(f"{settings.gpus} ranks were asked for on the CPU; {MOST_CPU_RANKS} are used.")
+        return ["cpu"] * (min(settings.gpus, MOST_CPU_RANKS) - 1)
+    if own.type != "cuda" or torch.version.hip:
+        say(f"Splitting needs CUDA GPUs or the CPU, not {own}: this run stays on one GPU.")
+        return []
+    there = torch.cuda.device_count()
+    others = [index for index in range(there) if index != (own.index or 0)]
+    if settings.devices.strip():
+        words = [word.strip() for word in settings.devices.split(",") if word.strip()]
+        wrong = [word for word in words if not word.isdecimal() or int(word) >= there]
+        if wrong:
+            say(f"There is no CUDA device {', '.join(wrong)} here (there are {there}): left out.")
+        named = dict.fromkeys(int(word) for word in words if word not in wrong)
+        others = [index for index in named if index != (own.index or 0)]
+    wanted = settings.gpus or 1 + len(others)
+    if wanted > 1 + len(others):
+        say(f"{wanted} GPUs were asked for and {1 + len(others)} can be used.")
+    return [f"cuda:{index}" for index in others[: wanted - 1]]
+
+
+def warm(settings: Parallel, own: torch.device) -> None:
+    """Start the workers a node will need, while the graph before the sampler still runs."""
+    found = devices(settings, own, lambda _sentence: None)
+    if found:
+        group().warm(found)
+
+
+def model_id(patcher: comfy.model_patcher.ModelPatcher) -> int:
+    """The number of the model behind ``patcher``: clones share it, and sidecars free it when it is gone."""
+    model = patcher.model
+    if model not in _ids:
+        _ids[model] = next(_next_id)
+        weakref.finalize(model, _forget, _ids[model])
+    return _ids[model]
+
+
+def _forget(number: int) -> None:
+    if _group is not None:
+        _group.drop(number)
+
+
+def load(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """Have every rank hold the model of ``patcher``, patched alike. Raises Unshareable, Untransportable, RankLost, GroupError."""
+    group().load(model_id(patcher), models.recipe(patcher), lambda: models.tensors(patcher), models.patches(patcher))
+
+
+def detached(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
+    """ON_DETACH callback: "free model memory" frees the sidecars too.
+
+    While a node runs, ComfyUI is only making room on this rank's card, and the other cards are not concerned.
+    """
+    if unpatch_all and get_executing_context() is None and patcher.model in _ids:
+        _forget(_ids[patcher.model])

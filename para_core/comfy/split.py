@@ -1,0 +1,213 @@
+"""A sampling run's use of the sidecar group: joining, sending steps, collecting results."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+
+from ..cache.first_block import Step, chunks
+from ..group.codec import Untransportable
+from ..group.group import GroupError, RankLost
+from ..plans.plan import Plan, attribute
+from ..sequence.degrees import choose
+from ..sequence.layout import balanced
+from ..sequence.mesh import Degrees
+from . import calls, sidecars
+from .calls import ModelCall
+from .model import Unshareable
+
+if TYPE_CHECKING:
+    from .session import Session
+
+Share = tuple[int, int, int]  # a replica's call, and its first and last batch row there
+
+
+class Split:
+    """``active`` from the moment the model is on every rank until the run ends or a rank is lost."""
+
+    def __init__(self, session: Session, plan: Plan, devices: list[str]):
+        self.session, self.plan, self.devices = session, plan, devices
+        self.group = sidecars.group()
+        self.active = False
+        self.used = Degrees()
+        self._heads = attribute(session.model, plan.heads)
+        self._degrees: dict[int, Degrees] = {}
+        self._memory_required = None
+
+    # -- joining ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, executor, *args, **kwargs):
+        """PREPARE_SAMPLING wrapper: once ComfyUI has loaded the model, the group gets it too."""
+        result = executor(*args, **kwargs)
+        session = self.session
+        try:
+            self.group.form(session.patcher.load_device, self.devices)
+            sidecars.load(session.patcher)
+            self.group.begin(
+                model=sidecars.model_id(session.patcher),
+                attention=session.attention.backend if session.attention else None,
+                cached=session.decisions is not None,
+            )
+            self.active = True
+        except (GroupError, RankLost, Unshareable, Untransportable) as error:
+            session.notes.say(f"This run stays on one GPU: {error}")
+        if self.active and self.degrees(2).batch > 1:
+            # each rank holds a part of the batch only, so more of it fits than ComfyUI thinks
+            model, ranks = session.patcher.model, self.group.size
+            whole = model.memory_required
+            model.memory_required = lambda *a, **k: whole(*a, **k) / ranks
+            self._memory_required = model
+        return result
+
+    def stop(self) -> None:
+        """The group is of no more use to this run."""
+        self.active = False
+        if self._memory_required is not None:
+            del self._memory_required.memory_required
+            self._memory_required = None
+
+    def close(self) -> None:
+        if self.active:
+            self.group.end()
+        self.stop()
+
+    def degrees(self, rows: int) -> Degrees:
+        """Degrees for a step of ``rows`` batch rows; what had to be changed is said once."""
+        if rows not in self._degrees:
+            asked = self.session.parallel
+            assert asked is not None and self.session.runner is not None
+            self._degrees[rows], note = choose(
+                self.group.size,
+                batch=asked.batch_degree,
+                ring=asked.ring_degree,
+                ulysses=asked.ulysses_degree,
+                rows=rows,
+                heads=self._heads,
+                log_sum_exp=self.session.runner.override.chooser.has_lse,
+            )
+            self.session.notes.say(note)
+        return self._degrees[rows]
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def conditions(self, executor, model, conds, x_in, timestep, model_options):
+        """CALC_COND_BATCH wrapper: conditions that ComfyUI would run one after the other get lanes."""
+        lanes = separate(conds, x_in, timestep) if self.active else []
+        if len(lanes) < 2 or self.degrees(len(lanes)).batch < 2:
+            return executor(model, conds, x_in, timestep, model_options)
+        functions = [
+            lambda own=own: executor(model, [cond if index in own else None for index, cond in enumerate(conds)], x_in, timestep, model_options)
+            for own in lanes
+        ]
+        results = self.session.lanes.run(functions, self.session.step, self.degrees(len(lanes)).batch)
+        merged = list(results[0])
+        for own, result in zip(lanes, results):
+            for index in own:
+                merged[index] = result[index]
+        return merged
+
+    def step(self, model_calls: list[ModelCall]) -> list[Any]:
+        """Results of ``model_calls``, computed by the group. Raises RankLost if it cannot be done there."""
+        session, group = self.session, self.group
+        for call in model_calls:
+            code = calls.obstacle(call.options)
+            if code:
+                raise RankLost(f"{code} exists in ComfyUI's own process only")
+        degrees = self.degrees(len(model_calls) if len(model_calls) > 1 else model_calls[0].rows)
+        shares = share(model_calls, degrees.batch)
+        degrees = replace(degrees, batch=len(shares))
+        steps, shapes = self._cache_steps(model_calls, shares, degrees)
+        order = {
+            "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
+            "parts": [model_calls[index].part(start, stop, calls.travelling(model_calls[index].options)) for index, start, stop in shares],
+            "cache": [None if step is None else step_data(step) for step in steps],
+        }
+        index, start, stop = shares[0]
+        args, kwargs = model_calls[index].part(start, stop, model_calls[index].options)
+        session.forwards += len(model_calls)
+        self.used = max(self.used, degrees, key=lambda known: known.world)
+        assert session.runner is not None
+        with uninterrupted(), group.step(order) as (mesh, comm):
+            first = session.runner.run(session.original, session.names, args, kwargs, mesh=mesh, step=steps[0], comm=comm)
+            results = [first]
+            for replica, (index, start, stop) in enumerate(shares[1:], start=1):
+                shape = (stop - start, first.shape[1], *model_calls[index].x.shape[2:])
+                results.append(group.collect(replica * degrees.sequence, first.new_empty(shape)))
+            if first.is_cuda:
+                torch.cuda.synchronize(first.device)  # a lost rank is noticed before its garbage reaches the sampler
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        session.record(shapes, model_calls[0].sigma)
+        return [torch.cat(results)] if len(model_calls) == 1 and len(results) > 1 else results
+
+    def _cache_steps(self, model_calls: list[ModelCall], shares: list[Share], degrees: Degrees) -> tuple[list[Step | None], dict[Hashable, Hashable]]:
+        """Each replica's cache step, and the shape by condition: it names who computes what where that matters."""
+        placed: Hashable = (degrees, tuple(shares)) if degrees.batch > 1 else degrees
+        shapes = {key: (call.shape(), placed) for call in model_calls for key in call.keys}
+        offsets = [sum(call.chunks for call in model_calls[:index]) for index in range(len(model_calls))]
+        steps = []
+        for index, start, stop in shares:
+            call = model_calls[index]
+            own = chunks(call.keys, call.rows // call.chunks, start, stop, offsets[index])
+            steps.append(self.session.cache_step(shapes, model_calls[0].sigma, own))
+        return steps, shapes
+
+
+def share(model_calls: list[ModelCall], replicas: int) -> list[Share]:
+    """Who computes what: one call's rows evenly, or a call each."""
+    if len(model_calls) > 1:
+        return [(index, 0, call.rows) for index, call in enumerate(model_calls)]
+    ends = [0]
+    for rows in balanced(model_calls[0].rows, replicas):
+        ends.append(ends[-1] + rows)
+    return [(0, start, stop) for start, stop in zip(ends, ends[1:])]
+
+
+def step_data(step: Step) -> dict[str, Any]:
+    """A cache step as plain data for the channel (see ``worker.cache_step``)."""
+    return {
+        "sigma": step.sigma,
+        "threshold": step.threshold,
+        "chunks": [[chunk.key, chunk.index, chunk.start, chunk.stop] for chunk in step.chunks],
+        "count": step.count,
+        "compare": step.compare,
+        "may_hit": step.may_hit,
+        "order": step.order,
+    }
+
+
+def separate(conds: list, x_in: torch.Tensor, timestep: torch.Tensor) -> list[list[int]]:
+    """Indices of the conditions that run now, grouped by what ComfyUI would put into one batch."""
+    groups: list[tuple[list[int], list]] = []
+    for index, entries in enumerate(conds):
+        active = [comfy.samplers.get_area_and_mult(entry, x_in, timestep) for entry in entries or () if "default" not in entry]
+        active = [entry for entry in active if entry is not None]
+        if not active:
+            continue
+        merged, apart = ([index], active), []
+        for indices, others in groups:
+            if any(comfy.samplers.can_concat_cond(one, other) for one in active for other in others):
+                merged = (indices + merged[0], others + merged[1])
+            else:
+                apart.append((indices, others))
+        groups = [*apart, merged]
+    return [sorted(indices) for indices, _ in groups]
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Keep ComfyUI's cancel check from firing in the middle of a shared forward, where other ranks would be left waiting.
+
+    The one place where a function of ComfyUI is replaced; the caller checks right after the forward.
+    """
+    check = comfy.model_management.throw_exception_if_processing_interrupted
+    comfy.model_management.throw_exception_if_processing_interrupted = lambda: None
+    try:
+        yield
+    finally:
+        comfy.model_management.throw_exception_if_processing_interrupted = check

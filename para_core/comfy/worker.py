@@ -1,0 +1,69 @@
+"""The sidecar's end of the glue: ComfyUI's own classes build, patch and run the models that rank 0 sends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..attention.choice import Chooser
+from ..cache.first_block import Chunk, Step
+from ..execution.runner import Runner
+from ..group.channel import Channel
+from ..group.worker import Worker
+from ..plans import plan_for
+from ..sequence.hooks import Arguments
+from ..sequence.mesh import Comm, Mesh
+from . import calls, model
+
+
+class ComfyHost:
+    """``Host`` over ComfyUI."""
+
+    def build(self, recipe: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device):
+        patcher = model.build(recipe, weights, device)
+        model.apply(patcher, [])
+        return patcher
+
+    def patch(self, patcher, patches: list) -> None:
+        model.apply(patcher, patches)
+
+    def begin(self, patcher, run: dict[str, Any]) -> Run:
+        return Run(patcher.model.diffusion_model, run)
+
+    def forward(self, run: Run, part: tuple, cache: dict[str, Any] | None, mesh: Mesh, comm: Comm) -> torch.Tensor | None:
+        return run.forward(part, cache, mesh, comm)
+
+    def end(self, run: Run) -> None:
+        run.runner.remove()
+
+
+class Run:
+    """One sampling run on a sidecar."""
+
+    def __init__(self, diffusion_model: torch.nn.Module, run: dict[str, Any]):
+        plan = plan_for(diffusion_model)
+        assert plan is not None, "rank 0 has looked for it"
+        self.names = calls.names(diffusion_model)
+        self.function = getattr(diffusion_model, calls.entry(diffusion_model))
+        self.runner = Runner(plan, diffusion_model, Chooser(run["attention"]), cached=run["cached"])
+
+    @torch.inference_mode()
+    def forward(self, part: tuple, cache: dict[str, Any] | None, mesh: Mesh, comm: Comm) -> torch.Tensor | None:
+        args, kwargs = part
+        arguments = Arguments(self.names, args, kwargs)
+        arguments.put("transformer_options", {**arguments.get("transformer_options"), calls.OVERRIDE: self.runner.override})
+        step = None if cache is None else Step(**{**cache, "chunks": tuple(Chunk(*chunk) for chunk in cache["chunks"])})
+        return self.runner.run(self.function, self.names, tuple(arguments.args), arguments.kwargs, mesh=mesh, step=step, comm=comm)
+
+
+def serve(channel: Channel, hello: dict[str, Any], leave: Callable[[], None]) -> None:
+    """Work for rank 0 until it ends. ``hello``: device, rank, size of the group."""
+    device = torch.device(hello["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // hello["size"]))
+    Worker(channel, ComfyHost(), device, leave).serve()

@@ -1,0 +1,179 @@
+"""A sidecar's command loop: joins communicators, holds models, and computes its share of every step.
+
+A message of rank 0 is a kind and plain data; this module answers it. What needs ComfyUI is behind ``Host``.
+"""
+
+from __future__ import annotations
+
+import gc
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from ..sequence.mesh import Comm, Degrees, Mesh
+from .channel import Channel, ChannelClosed
+from .codec import decode, packed_size, unpack
+from .communicator import Communicator, Meshes
+from .weights import receive
+
+BEAT = 1.0  # seconds between signs of life during a run
+
+
+class Host(Protocol):
+    """What the worker needs of the program whose models it runs."""
+
+    def build(self, recipe: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device) -> Any:
+        """A model from its recipe and raw weights."""
+
+    def patch(self, model: Any, patches: list) -> None:
+        """Replace the model's weight patches."""
+
+    def begin(self, model: Any, run: dict[str, Any]) -> Any:
+        """A runner for one sampling run."""
+
+    def forward(self, runner: Any, part: tuple, cache: dict[str, Any] | None, mesh: Mesh, comm: Comm) -> torch.Tensor | None:
+        """One share of a step: the result on the mesh's first rank, None on the others."""
+
+    def end(self, runner: Any) -> None:
+        """Leave the model as it was."""
+
+
+class Worker:
+    """``leave`` ends the process when rank 0 has gone: it must work while another thread is stuck in a collective."""
+
+    def __init__(self, channel: Channel, host: Host, device: torch.device, leave: Callable[[], None]):
+        self.channel, self.host, self.device = channel, host, device
+        self._leave = leave
+        self._orders: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._busy = threading.Event()
+        self._epoch = 0
+        self._comm: Communicator | None = None
+        self._meshes: Meshes | None = None
+        self._models: dict[int, Any] = {}
+        self._runner: Any = None
+
+    def serve(self) -> None:
+        """Answer rank 0 until it closes the channel."""
+        threading.Thread(target=self._listen, name="paradit-listen", daemon=True).start()
+        threading.Thread(target=self._beat, name="paradit-beat", daemon=True).start()
+        self.channel.tell("ready")
+        while True:
+            kind, payload = self._orders.get()
+            try:
+                getattr(self, f"on_{kind}")(payload)
+            except ChannelClosed:
+                self._leave()
+            except Exception as error:  # the process boundary: whatever went wrong is rank 0's to judge
+                self._failed(error)
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                kind, payload = self.channel.hear()
+                if kind == "abort":
+                    self._abort(payload)
+                else:
+                    self._orders.put((kind, payload))
+        except ChannelClosed:
+            self._leave()
+
+    def _abort(self, epoch: int) -> None:
+        """A peer was lost while this rank may wait for it; runs beside the main thread."""
+        comm = self._comm
+        if comm is not None and epoch == self._epoch:
+            comm.abort()
+
+    def _beat(self) -> None:
+        pause = threading.Event()
+        while self._busy.wait():
+            try:
+                self.channel.tell("beat")
+            except ChannelClosed:
+                return
+            pause.wait(BEAT)
+
+    def _failed(self, error: Exception) -> None:
+        """Report, and let go of the communicator so that nobody waits for this rank."""
+        traceback.print_exception(error, file=sys.stderr)
+        sys.stderr.flush()
+        self._drop_communicator(abort=True)
+        self._drop_runner()
+        lines = traceback.format_exception_only(error)
+        self.channel.tell("failed", {"epoch": self._epoch, "message": lines[-1].strip()})
+
+    def _drop_communicator(self, *, abort: bool) -> None:
+        comm, self._comm, self._meshes = self._comm, None, None
+        if comm is not None:
+            if abort:
+                comm.abort()
+            comm.close()
+
+    def _drop_runner(self) -> None:
+        self._busy.clear()
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            self.host.end(runner)
+
+    # -- orders -------------------------------------------------------------------------------------------------------
+
+    def on_join(self, order: dict[str, Any]) -> None:
+        self._drop_runner()
+        self._drop_communicator(abort=True)
+        self._epoch = order["epoch"]
+        self._comm = Communicator.join(
+            order["store"], f"epoch{order['epoch']}", order["rank"], order["size"], self.device, order["collective"], order["join"]
+        )
+        self._meshes = Meshes(self._comm)
+        self.channel.tell("joined", self._epoch)
+
+    def on_model(self, order: dict[str, Any]) -> None:
+        """Receive a model; one that is here already is received and dropped, for the sake of the others."""
+        weights, fingerprint = receive(order["manifest"], self.comm, self.device)
+        if order["id"] not in self._models:
+            self._models[order["id"]] = self.host.build(order["recipe"], weights, self.device)
+        self.channel.tell("loaded", fingerprint)
+
+    def on_patches(self, order: dict[str, Any]) -> None:
+        self.host.patch(self._models[order["id"]], order["patches"])
+        self.channel.tell("patched", order["hash"])
+
+    def on_drop(self, model: int) -> None:
+        self._models.pop(model, None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def on_begin(self, run: dict[str, Any]) -> None:
+        self._runner = self.host.begin(self._models[run["model"]], run)
+        self._busy.set()
+
+    def on_step(self, order: dict[str, Any]) -> None:
+        comm, meshes = self._comm, self._meshes
+        if comm is None or meshes is None or self._runner is None:
+            return  # a step that rank 0 sent before it heard of a failure here
+        buffer = torch.empty(packed_size(order["layout"]), dtype=torch.uint8, device=self.device)
+        comm.broadcast(buffer)
+        step = decode(order["order"], unpack(buffer, order["layout"]), self.device)
+        degrees = Degrees(*step["degrees"])
+        mesh = meshes.mesh(degrees)
+        if mesh is None:
+            return
+        replica = comm.rank // degrees.sequence
+        everyone = comm.split(range(degrees.world))
+        result = self.host.forward(self._runner, step["parts"][replica], step["cache"][replica], mesh, everyone)
+        if result is not None:
+            comm.shift(result.contiguous(), 0, result.new_empty(0), 0)()
+
+    def on_end(self, _payload: Any) -> None:
+        self._drop_runner()
+
+    @property
+    def comm(self) -> Communicator:
+        if self._comm is None:
+            raise RuntimeError("no communicator has been joined")
+        return self._comm

@@ -1,0 +1,44 @@
+"""What a sidecar process runs: a script with the path of its socket as the only argument.
+
+It is the one place where rooms are put together for a worker. Rank 0 tells it ComfyUI's folder and command-line flags
+over the channel, so that the same flags rule on every rank and no setting ever reaches a command line.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def main(socket_path: str) -> None:
+    here = Path(__file__).resolve()
+    # Python puts a script's folder first, where our modules would hide others'. The pack goes last: it has a `nodes`
+    # folder, and `import nodes` must find ComfyUI's.
+    sys.path[:] = [entry for entry in sys.path if entry != str(here.parent)]
+    sys.path.append(str(here.parents[1]))
+    from para_core.group.launch import leave, parent_of, watch_parent
+
+    try:
+        parent = parent_of(socket_path)
+    except OSError:
+        return
+    directory = Path(socket_path).parent
+    watch_parent(parent, directory)
+
+    from para_core.group.channel import answer
+
+    channel = answer(socket_path)
+    _, hello = channel.hear()
+    sys.path.insert(0, hello["root"])
+
+    from para_core.comfy.flags import adopt
+
+    adopt(hello["flags"])  # before other modules of ComfyUI read them
+
+    from para_core.comfy.worker import serve
+
+    serve(channel, hello, lambda: leave(parent, directory))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
