@@ -23,18 +23,43 @@ class ParaFirstBlockCache(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with."),
                 io.Float.Input(
-                    "threshold", default=0.08, min=0.0, max=1.0, step=0.01, tooltip="A step is reused when its first block changed less than this share. Higher = faster and less exact; 0 = off."
+                    "threshold",
+                    default=0.08,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="A step is reused when its first block changed less than this share. Higher = faster and less exact; 0 = off.",
                 ),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Part of the sampling before which nothing is reused."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Part of the sampling after which nothing is reused."),
-                io.Int.Input("max_consecutive_hits", default=-1, min=-1, max=1000, tooltip="Steps that may be reused one after the other. -1 = no limit, 0 = never."),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling before which nothing is reused.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Part of the sampling after which nothing is reused."
+                ),
+                io.Int.Input(
+                    "max_consecutive_hits",
+                    default=-1,
+                    min=-1,
+                    max=1000,
+                    tooltip="Steps that may be reused one after the other. -1 = no limit, 0 = never.",
+                ),
                 io.Combo.Input(
-                    "predictor", options=list(ORDERS), default="reuse", tooltip="reuse = take the rest of the step as it was; taylor = follow its trend over the last two computed steps."
+                    "predictor",
+                    options=list(ORDERS),
+                    default="reuse",
+                    tooltip="reuse = take the rest of the step as it was; taylor = follow its trend over the last two computed steps.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
         )
 
     @classmethod
-    def execute(cls, model, threshold: float, start_percent: float, end_percent: float, max_consecutive_hits: int, predictor: str) -> io.NodeOutput:
+    def execute(
+        cls, model, threshold: float, start_percent: float, end_percent: float, max_consecutive_hits: int, predictor: str
+    ) -> io.NodeOutput:
         return io.NodeOutput(attach.attach(model, Cache(threshold, start_percent, end_percent, max_consecutive_hits, predictor)))

@@ -22,10 +22,22 @@ class ParaParallel(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with. LoRA and other MODEL nodes may come before or after."),
                 io.Int.Input(
-                    "gpus", default=0, min=0, max=64, tooltip="GPUs to use, this model's own included. 0 = all visible ones. Without CUDA: CPU processes, for trying it out."
+                    "gpus",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="GPUs to use, this model's own included. 0 = all visible ones. Without CUDA: CPU processes, for trying it out.",
                 ),
-                io.Int.Input("batch_degree", default=0, min=0, max=64, tooltip="GPUs that share the batch: positive and negative prompt, and the images of a batch. 0 = choose."),
-                io.Int.Input("ulysses_degree", default=0, min=0, max=64, tooltip="GPUs that share the attention heads of a sequence. 0 = choose."),
+                io.Int.Input(
+                    "batch_degree",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="GPUs that share the batch: positive and negative prompt, and the images of a batch. 0 = choose.",
+                ),
+                io.Int.Input(
+                    "ulysses_degree", default=0, min=0, max=64, tooltip="GPUs that share the attention heads of a sequence. 0 = choose."
+                ),
                 io.Int.Input("ring_degree", default=0, min=0, max=64, tooltip="GPUs that pass keys and values round a ring. 0 = choose."),
                 io.String.Input("devices", default="", tooltip='CUDA devices for the other ranks, such as "1,3". Empty = choose.'),
             ],

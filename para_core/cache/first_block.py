@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from ..plans.plan import Blocks, parameters
+from ..sequence.cut import Cut
 from ..sequence.hooks import Arguments, Hooks
 from ..sequence.mesh import Comm
+from ..sequence.solo import SOLO
 from .predictor import History
 from .rule import change, decide
 
@@ -97,48 +99,63 @@ class FirstBlockCache:
         self._entries.clear()
         self._first = None
 
-    def _stream(self, spec: Blocks, output) -> torch.Tensor:
+    def _stream(self, spec: Blocks, output, cut: Cut) -> torch.Tensor:
         """This rank's rows of the plan's stream in a block's output."""
         outputs = [output] if isinstance(output, torch.Tensor) else output
         stream = self.hooks.plan.stream
-        for tensor, segments in zip(outputs, spec.returns):
-            if stream in segments:
-                return self.hooks.forward.cut.part(tensor, segments, stream)
-        raise KeyError(stream)
+        index = next(index for index, segments in enumerate(spec.returns) if stream in segments)
+        return cut.part(outputs[index], spec.returns[index], stream)
 
     def _first_block(self, spec: Blocks, original: Callable, names: list[str], _last: bool) -> Callable:
         argument = next(name for name, segments in spec.tokens.items() if segments == (self.hooks.plan.stream,))
 
         def forward(*args, **kwargs):
-            if self.step is None or self.hooks.forward is None:
+            step, running = self.step, self.hooks.forward
+            if step is None or running is None:
                 return original(*args, **kwargs)
             before = Arguments(names, args, kwargs).get(argument).clone()  # the block may write into it
             output = original(*args, **kwargs)
-            after = self._stream(spec, output)
+            after = self._stream(spec, output, running.cut)
             residual = after - before
             self._first = after.clone()
-            self.hit = self._decide(residual)
+            self.hit = self._decide(step, residual)
             if not self.hit:
-                for chunk in self.step.chunks:
-                    self._entry(chunk).first = residual[chunk.start : chunk.stop]
+                for chunk in step.chunks:
+                    self._entry(chunk.key, step.order).first = residual[chunk.start : chunk.stop]
             return output
 
         return forward
 
-    def _entry(self, chunk: Chunk) -> Entry:
-        if chunk.key not in self._entries:
-            self._entries[chunk.key] = Entry(torch.empty(0), History(self.step.order))
-        return self._entries[chunk.key]
+    def _later_block(self, spec: Blocks, original: Callable, names: list[str], last: bool) -> Callable:
+        def forward(*args, **kwargs):
+            step, running = self.step, self.hooks.forward
+            if step is None or running is None:
+                return original(*args, **kwargs)
+            if self.hit:
+                return self._skip(spec, Arguments(names, args, kwargs), step, running.cut if last else None)
+            output = original(*args, **kwargs)
+            if last and self._first is not None:
+                rest = self._stream(spec, output, running.cut) - self._first
+                for chunk in step.chunks:
+                    self._entry(chunk.key, step.order).rest.add(step.sigma, rest[chunk.start : chunk.stop])
+                self._first = None
+            return output
+
+        return forward
+
+    def _entry(self, key: Hashable, order: int) -> Entry:
+        if key not in self._entries:
+            self._entries[key] = Entry(torch.empty(0), History(order))
+        return self._entries[key]
 
     def _complete(self, key: Hashable) -> bool:
         """False where a patch kept the last block from running, so that nothing is known of the rest."""
         return key in self._entries and bool(self._entries[key].rest.points)
 
-    def _decide(self, residual: torch.Tensor) -> bool:
+    def _decide(self, step: Step, residual: torch.Tensor) -> bool:
         """Reduce the sums over all ranks once; rank 0 decides and all follow."""
-        step = self.step
-        alone = self.comm is None or self.comm.size == 1
-        if not step.compare or alone and not all(self._complete(chunk.key) for chunk in step.chunks):
+        comm = self.comm or SOLO
+        if not step.compare or comm.size == 1 and not all(self._complete(chunk.key) for chunk in step.chunks):
             for chunk in step.chunks:
                 self._entries.pop(chunk.key, None)
             return False
@@ -147,46 +164,25 @@ class FirstBlockCache:
             previous = self._entries[chunk.key].first
             sums[chunk.index, 0] += (previous - residual[chunk.start : chunk.stop]).abs().sum(dtype=torch.float32)
             sums[chunk.index, 1] += previous.abs().sum(dtype=torch.float32)
-        if alone:
-            self.changes = tuple(change(*pair) for pair in sums.tolist())
-            return step.may_hit and decide(self.changes, step.threshold)
-        self.comm.all_reduce(sums)
+        comm.all_reduce(sums)
         verdict = torch.zeros(1 + step.count, dtype=torch.float64, device=residual.device)
-        if self.comm.rank == 0:
+        if comm.rank == 0:
             changes = [change(*pair) for pair in sums.tolist()]
             hit = step.may_hit and decide(changes, step.threshold)
-            verdict.copy_(torch.tensor([float(hit), *changes], dtype=torch.float64))
-        self.comm.broadcast(verdict)
-        hit, *changes = verdict.tolist()
-        self.changes = tuple(changes)
+            verdict = verdict.new_tensor([float(hit), *changes])
+        comm.broadcast(verdict)
+        hit, *found = verdict.tolist()
+        self.changes = tuple(found)
         return bool(hit)
 
-    def _later_block(self, spec: Blocks, original: Callable, names: list[str], last: bool) -> Callable:
-        def forward(*args, **kwargs):
-            if self.step is None or self.hooks.forward is None:
-                return original(*args, **kwargs)
-            if self.hit:
-                return self._skip(spec, Arguments(names, args, kwargs), last)
-            output = original(*args, **kwargs)
-            if last:
-                rest = self._stream(spec, output) - self._first
-                for chunk in self.step.chunks:
-                    self._entry(chunk).rest.add(self.step.sigma, rest[chunk.start : chunk.stop])
-                self._first = None
-            return output
-
-        return forward
-
-    def _skip(self, spec: Blocks, block: Arguments, last: bool):
-        """Hand the tokens on; the last block returns the predicted stream."""
+    def _skip(self, spec: Blocks, block: Arguments, step: Step, cut: Cut | None):
+        """Hand the tokens on; the last block (the one given a ``cut``) returns the predicted stream."""
         held = {segments: block.get(name) for name, segments in spec.tokens.items()}
         outputs = [held[segments] for segments in spec.returns]
-        if last:
-            predicted = self._first
-            for chunk in self.step.chunks:
-                predicted[chunk.start : chunk.stop] += self._entries[chunk.key].rest.predict(self.step.sigma)
-            for tensor, segments in zip(outputs, spec.returns):
-                if self.hooks.plan.stream in segments:
-                    self.hooks.forward.cut.part(tensor, segments, self.hooks.plan.stream).copy_(predicted)
+        output = outputs[0] if len(outputs) == 1 else tuple(outputs)
+        if cut is not None and self._first is not None:
+            for chunk in step.chunks:
+                self._first[chunk.start : chunk.stop] += self._entries[chunk.key].rest.predict(step.sigma)
+            self._stream(spec, output, cut).copy_(self._first)
             self._first = None
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return output

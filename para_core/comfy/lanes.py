@@ -46,7 +46,7 @@ class _Lane:
                 if not self.stopped:
                     with torch.inference_mode(inference):
                         self.result = context.run(function)
-            except BaseException as error:  # handed to the thread that runs the lanes, whatever it is
+            except BaseException as error:  # noqa: BLE001  handed to the thread that runs the lanes, whatever it is
                 self.error = error
             self.call = None
             self.done = True
@@ -96,7 +96,7 @@ class Lanes:
                 if not waiting:
                     return [lane.result for lane in lanes]
                 answers = step([lane.call for lane in waiting if lane.call is not None])
-                for lane, answer in zip(waiting, answers):
+                for lane, answer in zip(waiting, answers, strict=True):
                     lane.call, lane.answer = None, answer
                     lane.resume()
                     self._check(lane)

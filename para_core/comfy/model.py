@@ -77,7 +77,8 @@ def tensors(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, torch.Tensor
 
 def patches(patcher: comfy.model_patcher.ModelPatcher) -> list:
     """Weight patches of the diffusion model as plain data. Raises Unshareable for patches that carry code."""
-    return [[key, [_patch_data(key, *patch) for patch in patcher.patches[key]]] for key in sorted(patcher.patches, key=str) if str(key).startswith(PREFIX)]
+    keys = sorted(key for key in patcher.patches if key.startswith(PREFIX))
+    return [[key, [_patch_data(key, *patch) for patch in patcher.patches[key]]] for key in keys]
 
 
 def _patch_data(key: str, strength: float, value, strength_model: float, offset, function) -> list:
@@ -110,7 +111,7 @@ def build(data: Mapping[str, Any], weights: dict[str, torch.Tensor], device: tor
     model = comfy.model_base.BaseModel(config, device=device if config.quant_config else torch.device("meta"), unet_model=model_class)
     diffusion_model = model.diffusion_model
     diffusion_model.load_state_dict(weights, strict=False, assign=True)
-    for name, buffer in list(diffusion_model.named_buffers()):
+    for name in [name for name, _ in diffusion_model.named_buffers()]:
         if name in weights:
             comfy.utils.set_attr_buffer(diffusion_model, name, weights[name])
     empty = [name for name, tensor in [*diffusion_model.named_parameters(), *diffusion_model.named_buffers()] if tensor.is_meta]

@@ -11,10 +11,10 @@ from ..log import log
 
 def show(text: str) -> None:
     """Put ``text`` on the running node; nothing happens outside of a server (tests, scripts)."""
-    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     context = get_executing_context()
-    if context is not None and getattr(server, "instance", None) is not None:
-        server.instance.send_progress_text(text, context.node_id)
+    if context is not None and server is not None:
+        server.send_progress_text(text, context.node_id)
 
 
 class Notes:

@@ -108,7 +108,9 @@ class Session:
         if caching:
             assert self.caching is not None
             sampling = self.patcher.get_model_object("model_sampling")
-            window = Window(*(float(sampling.percent_to_sigma(percent)) for percent in (self.caching.start_percent, self.caching.end_percent)))
+            window = Window(
+                *(float(sampling.percent_to_sigma(percent)) for percent in (self.caching.start_percent, self.caching.end_percent))
+            )
             self.decisions = Decisions(self.caching, window)
         if devices:
             self.split = Split(self, plan, devices)
@@ -177,7 +179,11 @@ class Session:
             self.decisions.forget()
             self.runner.cache.forget()
         needed = max(self.patcher.model.memory_required(list(call.x.shape)) for call in model_calls)
-        loaded = [model for model in comfy.model_management.current_loaded_models if model.model is not None and model.model.model is self.patcher.model]
+        loaded = [
+            model
+            for model in comfy.model_management.current_loaded_models
+            if model.model is not None and model.model.model is self.patcher.model
+        ]
         comfy.model_management.free_memory(needed, self.patcher.load_device, keep_loaded=loaded)
 
     def alone(self, call: ModelCall) -> Any:
@@ -209,6 +215,10 @@ class Session:
 
 def summary(report: dict[str, Any]) -> str:
     """The run in one line, for the node."""
-    ranks = "1 rank" if report["ranks"] == 1 else f"{report['ranks']} ranks (batch x ring x ulysses = {' x '.join(map(str, report['degrees']))})"
+    ranks = (
+        "1 rank"
+        if report["ranks"] == 1
+        else f"{report['ranks']} ranks (batch x ring x ulysses = {' x '.join(map(str, report['degrees']))})"
+    )
     cached = f", {report['cached']} of {report['forwards']} forwards cached" if report["changes"] else ""
     return f"{ranks}{cached}, {report['seconds_per_step']:.3g} s a step"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -102,12 +103,14 @@ class Split:
         if len(lanes) < 2 or self.degrees(len(lanes)).batch < 2:
             return executor(model, conds, x_in, timestep, model_options)
         functions = [
-            lambda own=own: executor(model, [cond if index in own else None for index, cond in enumerate(conds)], x_in, timestep, model_options)
+            lambda own=own: executor(
+                model, [cond if index in own else None for index, cond in enumerate(conds)], x_in, timestep, model_options
+            )
             for own in lanes
         ]
         results = self.session.lanes.run(functions, self.session.step, self.degrees(len(lanes)).batch)
         merged = list(results[0])
-        for own, result in zip(lanes, results):
+        for own, result in zip(lanes, results, strict=True):
             for index in own:
                 merged[index] = result[index]
         return merged
@@ -145,10 +148,12 @@ class Split:
         session.record(shapes, model_calls[0].sigma)
         return [torch.cat(results)] if len(model_calls) == 1 and len(results) > 1 else results
 
-    def _cache_steps(self, model_calls: list[ModelCall], shares: list[Share], degrees: Degrees) -> tuple[list[Step | None], dict[Hashable, Hashable]]:
+    def _cache_steps(
+        self, model_calls: list[ModelCall], shares: list[Share], degrees: Degrees
+    ) -> tuple[list[Step | None], dict[Hashable, Hashable]]:
         """Each replica's cache step, and the shape by condition: it names who computes what where that matters."""
         placed: Hashable = (degrees, tuple(shares)) if degrees.batch > 1 else degrees
-        shapes = {key: (call.shape(), placed) for call in model_calls for key in call.keys}
+        shapes: dict[Hashable, Hashable] = {key: (call.shape(), placed) for call in model_calls for key in call.keys}
         offsets = [sum(call.chunks for call in model_calls[:index]) for index in range(len(model_calls))]
         steps = []
         for index, start, stop in shares:
@@ -165,7 +170,7 @@ def share(model_calls: list[ModelCall], replicas: int) -> list[Share]:
     ends = [0]
     for rows in balanced(model_calls[0].rows, replicas):
         ends.append(ends[-1] + rows)
-    return [(0, start, stop) for start, stop in zip(ends, ends[1:])]
+    return [(0, start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def step_data(step: Step) -> dict[str, Any]:

@@ -58,7 +58,17 @@ class Runner:
             self.cache.remove()
         self.hooks.remove()
 
-    def run(self, call: Callable, names: list[str], args: tuple, kwargs: dict[str, Any], *, mesh: Mesh, step: Step | None = None, comm: Comm | None = None):
+    def run(
+        self,
+        call: Callable,
+        names: list[str],
+        args: tuple,
+        kwargs: dict[str, Any],
+        *,
+        mesh: Mesh,
+        step: Step | None = None,
+        comm: Comm | None = None,
+    ):
         """The result of ``call(*args, **kwargs)`` on ``mesh``'s first rank, None on the others.
 
         names: positional parameters of ``call``. step: what the cache shall do; comm: every rank that shares the step.

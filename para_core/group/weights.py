@@ -57,5 +57,5 @@ def receive(expected: list[list[list[Any]]], comm: Comm, device: torch.device) -
         buffer = torch.empty(empty.numel(), dtype=torch.uint8, device=device)
         comm.broadcast(buffer)
         total += fingerprint(buffer)
-        tensors.update(zip([name for name, _, _ in bucket], unpack(buffer, layout, device)))
+        tensors.update(zip([name for name, _, _ in bucket], unpack(buffer, layout, device), strict=True))
     return tensors, total % 2**64

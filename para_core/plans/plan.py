@@ -74,6 +74,10 @@ def parameters(block) -> list[str]:
     return list(inspect.signature(type(block).forward).parameters)[1:]
 
 
+def changed(plan: Plan, what: str) -> PlanError:
+    return PlanError(f"{what}: this version of ComfyUI builds {plan.family} differently")
+
+
 def check(plan: Plan, model) -> list[tuple[Blocks, list]]:
     """The plan's block lists as they stand on ``model``, empty ones left out.
 
@@ -84,14 +88,14 @@ def check(plan: Plan, model) -> list[tuple[Blocks, list]]:
         try:
             blocks = list(attribute(model, spec.path))
         except AttributeError:
-            raise PlanError(f"{type(model).__name__} has no {spec.path}: this version of ComfyUI builds {plan.family} differently") from None
+            raise changed(plan, f"{type(model).__name__} has no {spec.path}") from None
         for block in blocks:
             missing = {*spec.tokens, *spec.tables, *spec.rules} - set(parameters(block))
             if missing:
-                raise PlanError(f"{type(block).__name__}.forward takes no {', '.join(sorted(missing))}: this version of ComfyUI builds {plan.family} differently")
+                raise changed(plan, f"{type(block).__name__}.forward takes no {', '.join(sorted(missing))}")
             for name in spec.exchange or ():
                 if not hasattr(block, name):
-                    raise PlanError(f"{type(block).__name__} has no {name}: this version of ComfyUI builds {plan.family} differently")
+                    raise changed(plan, f"{type(block).__name__} has no {name}")
         if blocks:
             found.append((spec, blocks))
     if sum(len(blocks) for _, blocks in found) < 2:

@@ -92,4 +92,4 @@ def gather(tensor: torch.Tensor, rows: tuple[int, ...], comm: Comm) -> torch.Ten
     sizes = [batch * count * width for count in rows]
     received = tensor.new_empty(sum(sizes))
     comm.all_to_all(received, sent, sizes, [sent.numel()] + [0] * (comm.size - 1))
-    return torch.cat([piece.view(batch, count, width) for piece, count in zip(received.split(sizes), rows)], dim=1)
+    return torch.cat([piece.view(batch, count, width) for piece, count in zip(received.split(sizes), rows, strict=True)], dim=1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from .mesh import Degrees
 
 
-def choose(ranks: int, *, batch: int = 0, ring: int = 0, ulysses: int = 0, rows: int = 1, heads: int = 1, log_sum_exp: bool = True) -> tuple[Degrees, str]:
+def choose(
+    ranks: int, *, batch: int = 0, ring: int = 0, ulysses: int = 0, rows: int = 1, heads: int = 1, log_sum_exp: bool = True
+) -> tuple[Degrees, str]:
     """Degrees for a forward of ``rows`` batch rows on at most ``ranks`` ranks, and a sentence ("" if nothing was changed).
 
     0 means choose: batch first, then Ulysses up to the number of heads, ring for the rest. Without ``log_sum_exp``

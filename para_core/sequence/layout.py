@@ -45,7 +45,7 @@ class Joint:
     @cached_property
     def rows(self) -> tuple[int, ...]:
         """Joint rows on each rank."""
-        return tuple(map(sum, zip(*self.segments)))
+        return tuple(map(sum, zip(*self.segments, strict=True)))
 
     @cached_property
     def total(self) -> int:
