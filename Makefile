@@ -1,7 +1,8 @@
 # Every target prepares the test environment first (nothing to do the second time) and runs inside it.
 # Everything is kept in this checkout and one cache folder: $PARADIT_CACHE, or ~/.cache/paradit.
 
-RUN := python3 tests/env/prepare.py run
+PYTHON ?= python3
+RUN := $(PYTHON) tests/env/prepare.py run
 
 .PHONY: demo test test-all bench lint env clean
 
@@ -22,7 +23,7 @@ lint:
 	$(RUN) -m mypy para_core
 
 env:            ## only prepare
-	@python3 tests/env/prepare.py
+	@$(PYTHON) tests/env/prepare.py
 
 clean:          ## what the targets leave in the checkout; the cache folder stays
 	rm -rf demo-output dist .mypy_cache .ruff_cache .hypothesis

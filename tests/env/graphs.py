@@ -1,6 +1,7 @@
 """Graphs in ComfyUI's API format, built from stock nodes, with other nodes put between loader and sampler.
 
-`patches` is a list of (node id, inputs): MODEL nodes, chained in that order after the loader (and the LoRA, if any).
+`patches` is a list of (node id, inputs): MODEL nodes, chained in that order after the loader (and the LoRA, if any),
+such as [parallel(gpus=2), first_block_cache(0.1)].
 Nodes are named after their role, so that results can be asked for by name: "sampler", "latent" (SaveLatent), "image"
 (SaveImage), "sampler_2" and so on.
 """
@@ -13,7 +14,8 @@ from typing import Any
 
 from . import models
 
-Patches = Sequence[tuple[str, dict[str, Any]]]
+Patch = tuple[str, dict[str, Any]]
+Patches = Sequence[Patch]
 Link = list[Any]  # [name of a node, index of its output]
 
 
@@ -30,6 +32,20 @@ class Sampling:
     positive_tokens: int = 16
     negative_tokens: int = 16
     custom: str = ""  # "", "BasicGuider" or "CFGGuider"
+
+
+def parallel(gpus: int = 2, batch: int = 0, ulysses: int = 0, ring: int = 0, devices: str = "") -> Patch:
+    degrees = {"batch_degree": batch, "ulysses_degree": ulysses, "ring_degree": ring}
+    return "ParaParallel", {"gpus": gpus, **degrees, "devices": devices}
+
+
+def attention(backend: str = "auto") -> Patch:
+    return "ParaAttention", {"backend": backend}
+
+
+def first_block_cache(threshold: float = 0.08, **changes: Any) -> Patch:
+    inputs = {"start_percent": 0.0, "end_percent": 1.0, "max_consecutive_hits": -1, "predictor": "reuse"}
+    return "ParaFirstBlockCache", {"threshold": threshold, **inputs, **changes}
 
 
 class Builder:

@@ -140,25 +140,33 @@ def wan(seed: int, heads: int, blocks: int, ffn: int) -> dict[str, Tensor]:
 
 
 def tiny_autoencoder(seed: int) -> dict[str, Tensor]:
-    """TAESD for 16-channel FLUX latents: two stacks of 64-channel convolutions (layer numbers are the format's)."""
+    """TAESD for 16-channel FLUX latents: two stacks of 64-channel convolutions (layer numbers are the format's).
+
+    The decoder is near to a smooth picture of the latent: features come in pairs of opposite sign, the blocks change
+    them a little, the convolutions after an upsampling blur, the last one turns features into colours.
+    """
     w = Weights(seed)
 
-    def blocks(stack: str, *layers: int) -> None:
+    def blocks(stack: str, gain: float, *layers: int) -> None:
         for layer in layers:
             for k in (0, 2, 4):
-                w.conv(f"{stack}.{layer}.conv.{k}", 64, 64, gain=0.7)
+                w.conv(f"{stack}.{layer}.conv.{k}", 64, 64, gain=gain)
 
     w.conv("taesd_encoder.0", 64, 3)
-    blocks("taesd_encoder", 1, 3, 4, 5, 7, 8, 9, 11, 12, 13)
+    blocks("taesd_encoder", 0.7, 1, 3, 4, 5, 7, 8, 9, 11, 12, 13)
     for layer in (2, 6, 10):
         w.conv(f"taesd_encoder.{layer}", 64, 64, bias=False)
     w.conv("taesd_encoder.14", LATENT_CHANNELS, 64)
 
     w.conv("taesd_decoder.1", 64, LATENT_CHANNELS)
-    blocks("taesd_decoder", 3, 4, 5, 8, 9, 10, 13, 14, 15, 18)
+    w.tensors["taesd_decoder.1.weight"][32:] = -w.tensors["taesd_decoder.1.weight"][:32]
+    blocks("taesd_decoder", 0.5, 3, 4, 5, 8, 9, 10, 13, 14, 15, 18)
+    blur = torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([0.25, 0.5, 0.25]))
     for layer in (7, 12, 17):
-        w.conv(f"taesd_decoder.{layer}", 64, 64, bias=False)
-    w.conv("taesd_decoder.19", 3, 64)
+        w.tensors[f"taesd_decoder.{layer}.weight"] = torch.eye(64)[:, :, None, None] * blur
+    w.conv("taesd_decoder.19", 3, 64, gain=0.6)
+    w.tensors["taesd_decoder.19.weight"][:, 32:] = -w.tensors["taesd_decoder.19.weight"][:, :32]
+    w.tensors["taesd_decoder.19.bias"] += 0.5  # a latent of zeros is mid grey
 
     w.tensors["vae_scale"] = torch.tensor(0.3611)
     w.tensors["vae_shift"] = torch.tensor(0.1159)

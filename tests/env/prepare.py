@@ -86,7 +86,7 @@ class Environment:
 
 def prepare(env: Environment) -> None:
     """Build the parts that are missing, one process at a time."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  this file is run by whichever Python the machine has
         raise PrepareError(f"Python 3.11 or newer is needed, this is {platform.python_version()} ({sys.executable}).")
     env.tmp.mkdir(parents=True, exist_ok=True)
     with _lock(env.cache / "lock"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +37,8 @@ from .prepare import CHECKOUT, HERE, Environment
 
 Graph = Mapping[str, Mapping[str, Any]]
 Message = dict[str, Any]
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+RUN_REPORT = re.compile(r"\[ParaDiT\] run: (\{.*\})")
 FINAL = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
 
 
@@ -206,10 +209,17 @@ class Server:
     # -- life ---------------------------------------------------------------------------------------------------
 
     def log_text(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else self._final_log
+        """Everything the server printed so far, without colours."""
+        if not self.log.exists():
+            return self._final_log
+        return COLOURS.sub("", self.log.read_text(errors="replace"))
 
     def log_tail(self, lines: int = 15) -> str:
         return "\n".join(self.log_text().splitlines()[-lines:])
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What the pack logged about each sampling run so far: ranks, degrees, steps, forwards, cached, ..."""
+        return [json.loads(line) for line in RUN_REPORT.findall(self.log_text())]
 
     def stop(self) -> None:
         """End the server as Ctrl-C would, then by force, and remove its folder. The log stays readable."""
