@@ -9,7 +9,7 @@ from .prepare import HERE, Environment
 
 
 def boot_comfy(*flags: str) -> None:
-    """Make `import comfy.*` work, on the CPU and with these command-line flags. Call it before the first such import.
+    """Make `import comfy.*` work, with these command-line flags (none: `--cpu`). Call it before the first such import.
 
     ComfyUI's root goes first on sys.path, because the checkout has a `nodes` too.
     """
@@ -20,7 +20,7 @@ def boot_comfy(*flags: str) -> None:
 
     standins.install()
     saved = sys.argv
-    sys.argv = ["comfy", "--cpu", *flags]
+    sys.argv = ["comfy", *(flags or ("--cpu",))]
     try:
         import comfy.options
 

@@ -1,0 +1,72 @@
+"""What ParaDiT costs and saves, measured against stock ComfyUI in one run on one machine.
+
+    python bench.py overhead     hooks and step header on a 30-block model; the group's start; bytes exchanged
+    python bench.py steps        seconds per step of real-size models with random weights (CUDA), tiny ones without CUDA
+    python bench.py              both
+
+Prints a table, and writes everything to a JSON record (hardware, versions, date, commit) under records/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+
+from env import comfy_import  # noqa: E402
+
+
+def machine() -> dict[str, str]:
+    """Where and what was measured."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}" if cuda else f"{platform.machine()} CPU",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["overhead", "steps"])
+    parser.add_argument("--quick", action="store_true", help="few repeats and tiny models: only shows that the command works")
+    parser.add_argument("--models", default="flux-1024,flux-2048,wan-480p", help="for steps: which, separated by commas")
+    parser.add_argument("--out", type=Path, default=HERE / "records", help="folder for the JSON record")
+    options = parser.parse_args()
+
+    import torch
+
+    comfy_import.boot_comfy("--disable-dynamic-vram" if torch.cuda.is_available() else "--cpu")
+    import overhead
+    import steps
+
+    tables: dict[str, list[dict[str, object]]] = {}
+    if options.what in (None, "overhead"):
+        tables["overhead"] = overhead.measure(quick=options.quick)
+    if options.what in (None, "steps"):
+        tables["steps"] = steps.measure(options.models.split(","), quick=options.quick)
+    options.out.mkdir(parents=True, exist_ok=True)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    path = options.out / f"{date.today().isoformat()}-{kind}-{options.what or 'all'}.json"
+    path.write_text(json.dumps({"machine": machine(), **tables}, indent=1) + "\n")
+    print(json.dumps(machine()))
+    for row in itertools.chain(*tables.values()):
+        print("  ".join(f"{key}={value}" for key, value in row.items()))
+    print(f"record: {path}")
+
+
+if __name__ == "__main__":
+    main()
