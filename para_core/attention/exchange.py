@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import count
 from weakref import WeakValueDictionary
 
@@ -39,16 +38,16 @@ class Exchange:
     index: dict[tuple[Joint, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
     """Rank-major permutations on their device; may be shared between exchanges."""
 
-    @cached_property
-    def handle(self) -> int:
-        """The integer that stands for this exchange in compiled code, for as long as it lives; the lowest one free.
+    handle: int = field(init=False)
+    """The integer that stands for this exchange in compiled code, for as long as it lives: the lowest one free.
 
-        So a later run with as many exchanges gets the same integers, and compiled code need not be compiled again.
-        """
+    So a later run with as many exchanges gets the same integers, and compiled code need not be compiled again.
+    """
+
+    def __post_init__(self) -> None:
         with _lock:
-            handle = next(number for number in count() if number not in _exchanges)
-            _exchanges[handle] = self
-        return handle
+            self.handle = next(number for number in count() if number not in _exchanges)
+            _exchanges[self.handle] = self
 
 
 _lock = threading.Lock()

@@ -41,28 +41,35 @@ def exchanged_mask(
     """The part of ``mask`` that this rank's kernel needs: ``(B|1, own heads|1, group rows|1, M)``, rows and columns rank-major.
 
     The rows are those of this rank's Ulysses group, the columns all keys. ``heads``: this rank's query heads.
-    ``index`` keeps the permutations on the device. Query dims of size 1 are broadcast. Raises ``ValueError`` for sizes that
-    fit neither the whole sequence nor this rank's share.
+    ``index`` keeps the permutations on the device. A query dim of size 1 is broadcast. Raises ``ValueError`` for sizes that
+    fit neither the whole sequence nor this rank's share, and for a mask cut in both dims: no rank has the rest of it.
     """
     mask = as_4d(mask)
+    size, rank = mesh.ulysses.size, mesh.sequence.rank
+    group = slice(mesh.ring.rank * size, (mesh.ring.rank + 1) * size)
+    whole_rows = mask.shape[_QUERY] in (1, q.total)
+    # Were 1 a rank's share as well as a broadcast, or all rows on one rank, the ranks could read such masks differently and
+    # wait for each other.
+    local_rows = not whole_rows and mask.shape[_QUERY] == q.rows[rank] and not {1, q.total} & set(q.rows)
+    whole_columns = mask.shape[_KEY] == kv.total
+    local_columns = not whole_columns and mask.shape[_KEY] == kv.rows[rank] and kv.total not in kv.rows
+    if not (whole_rows or local_rows):
+        raise ValueError(_misfit("query rows", mask, _QUERY, q, mesh))
+    if not (whole_columns or (local_columns and whole_rows)):
+        raise ValueError(_misfit("key columns", mask, _KEY, kv, mesh))
+    if local_columns:
+        mask = _gather(mask, _KEY, mesh.sequence, kv.rows, traffic)
+    if local_rows:
+        mask = _gather(mask, _QUERY, mesh.ulysses, q.rows[group], traffic)
+    # Heads only now: what was gathered is for the receiver's heads, not the sender's.
     if mask.shape[1] != 1:
         mask = mask[:, heads]
-    ranks = mesh.ulysses.size
-    group = range(mesh.ring.rank * ranks, (mesh.ring.rank + 1) * ranks)
-    start, stop = sum(q.rows[: group.start]), sum(q.rows[: group.stop])
-    if mask.shape[_QUERY] != 1:
-        if mask.shape[_QUERY] == q.total:
-            mask = mask[:, :, start:stop] if q.natural else mask.index_select(_QUERY, _order(q, mask.device, index)[start:stop])
-        elif mask.shape[_QUERY] == q.rows[mesh.sequence.rank] and 1 not in q.rows:
-            mask = _gather(mask, _QUERY, mesh.ulysses, q.rows[group.start : group.stop], traffic)
-        else:
-            raise ValueError(_misfit("query rows", mask, _QUERY, q, mesh))
-    if mask.shape[_KEY] == kv.total:
-        return mask if kv.natural else mask.index_select(_KEY, _order(kv, mask.device, index))
-    # With all keys on one rank, the others could not tell a local mask from a wrong one and would not join the exchange.
-    if mask.shape[_KEY] == kv.rows[mesh.sequence.rank] and kv.total not in kv.rows:
-        return _gather(mask, _KEY, mesh.sequence, kv.rows, traffic)
-    raise ValueError(_misfit("key columns", mask, _KEY, kv, mesh))
+    if whole_rows and mask.shape[_QUERY] != 1:
+        start, stop = sum(q.rows[: group.start]), sum(q.rows[: group.stop])
+        mask = mask[:, :, start:stop] if q.natural else mask.index_select(_QUERY, _order(q, mask.device, index)[start:stop])
+    if whole_columns and not kv.natural:
+        mask = mask.index_select(_KEY, _order(kv, mask.device, index))
+    return mask
 
 
 def _order(joint: Joint, device: torch.device, index: dict[tuple[Joint, torch.device], torch.Tensor]) -> torch.Tensor:

@@ -67,12 +67,14 @@ class SelfCheck:
         rows = _spread(q.shape[2], q.device)
         rows_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
         exact, exact_lse = exact_attention(q[:, :, rows], k, v, mask=rows_mask, scale=scale)
-        # What a kernel leaves in rows without keys is nobody's business.
+        # Rows without keys may hold anything finite: nothing attends to them, but 0 * NaN is NaN.
         empty = exact_lse == NO_KEYS
-        rows_out, exact = (tensor.float().masked_fill(empty.unsqueeze(-1), 0.0) for tensor in (out[:, :, rows], exact))
-        numbers = [relative_error(rows_out, exact), torch.zeros((), device=q.device)]
+        out, exact = out[:, :, rows].float(), exact.float()
+        error = relative_error(*(tensor.masked_fill(empty.unsqueeze(-1), 0.0) for tensor in (out, exact)))
+        numbers = [_finite(error, out, exact), torch.zeros_like(error)]
         if lse is not None:
-            numbers[1] = _finite((lse[:, :, rows] - exact_lse).masked_fill(empty, 0.0).square().mean().sqrt(), lse[:, :, rows], exact)
+            difference = (lse[:, :, rows] - exact_lse).masked_fill(empty, 0.0)
+            numbers[1] = _finite(difference.square().mean().sqrt(), difference, exact)
         error, lse_error = torch.stack(numbers).tolist()
         if math.isinf(error):
             return "its output has NaN or infinity"
@@ -101,17 +103,13 @@ class SelfCheck:
 
 
 def relative_error(out: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """``|out - exact| / |exact|`` (L2) of float32 tensors, as a scalar; infinite where only ``out`` has NaN or infinity.
-
-    0 where ``exact`` has them too: the inputs are broken then, not the kernel.
-    """
-    error = torch.linalg.vector_norm(out - exact) / torch.linalg.vector_norm(exact).clamp_min(1e-12)
-    return _finite(error, out, exact)
+    """``|out - exact| / |exact|`` (L2) of float32 tensors, as a scalar."""
+    return torch.linalg.vector_norm(out - exact) / torch.linalg.vector_norm(exact).clamp_min(1e-12)
 
 
 def _finite(error: torch.Tensor, got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """``error``, or infinity where ``got`` is not finite, or 0 where ``exact`` is not."""
-    error = error.masked_fill(torch.isnan(error) | torch.isnan(got).any() | torch.isposinf(got).any(), float("inf"))
+    """``error``, but infinite where ``got`` is not finite, and 0 where ``exact`` is not: broken inputs are not the kernel's fault."""
+    error = error.masked_fill(~torch.isfinite(got).all(), float("inf"))
     return error.masked_fill(~torch.isfinite(exact).all(), 0.0)
 
 
