@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import weakref
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def group() -> Group:
     global _group
     if _group is None:
         _group = Group(SCRIPT, _hello)
+        atexit.register(_group.close)  # a communicator that is still open would abort the process
     return _group
 
 
