@@ -48,12 +48,13 @@ class _Transport(Protocol):
 
 
 class _Life:
-    """What a communicator and its subgroups share: whether it was aborted, and what to look at while waiting."""
+    """What a communicator and its subgroups share: whether it was aborted, what to look at while waiting, gloo's listener."""
 
     def __init__(self) -> None:
         self.aborted = False
         self.on_wait: Callable[[], None] | None = None
         self.transports: list[_Transport] = []
+        self.gloo_device: Any = None
 
     def check(self) -> None:
         if self.aborted:
@@ -82,7 +83,6 @@ class Communicator:
         self._life = life
         self._subgroups: dict[tuple[int, ...], Communicator] = {self.ranks: self}
         self._transport: _Transport | None = None
-        self._gloo_device: Any = None
 
     @classmethod
     def join(
@@ -123,7 +123,6 @@ class Communicator:
         known = self._subgroups.get(key)
         if known is None:
             known = Communicator(key.index(self.rank), key, self.device, self._store, self._timeout_s, self._life)
-            known._gloo_device = self._gloo_device
             known._open("-".join(map(str, key)), self._timeout_s)
             self._subgroups[key] = known
         return known
@@ -144,8 +143,8 @@ class Communicator:
     def _connect(self, store: Store) -> _Transport:
         if self.device.type != "cpu":
             return _Nccl(store, self.rank, self.size, self.device)
-        self._gloo_device = self._gloo_device or _loopback_device()
-        return _Gloo(store, self.rank, self.size, self._gloo_device, self._timeout_s, self._life)
+        self._life.gloo_device = self._life.gloo_device or _loopback_device()
+        return _Gloo(store, self.rank, self.size, self._timeout_s, self._life)
 
     def _meet(self, store: Store, timeout_s: float) -> None:
         """Wait for all members. The backends then connect within milliseconds; a wait of their own could not be ended."""
@@ -188,14 +187,22 @@ class Communicator:
         self._life.check()
         with _failures():
             work = transport.start_shift(_flat(sent), to, _flat(received), source)
-        return lambda: transport.finish(work)
+        return lambda: self._finish(transport, work)
 
     def _run(self, start: Callable[[_Transport], Any]) -> None:
         self._life.check()
         if self._transport is not None:
             with _failures():
                 work = start(self._transport)
-            self._transport.finish(work)
+            self._finish(self._transport, work)
+
+    def _finish(self, transport: _Transport, work: Any) -> None:
+        try:
+            transport.finish(work)
+        except BaseException:
+            # A peer may be waiting for this rank, not for the one that failed: pass it on.
+            self.abort()
+            raise
 
     def settle(self, timeout_s: float | None = None) -> None:
         """Block until what was enqueued on the current CUDA stream is done; nothing to do on the CPU.
@@ -232,6 +239,7 @@ class Communicator:
         self._life.aborted = True
         while self._life.transports:
             self._life.transports.pop().close()
+        self._life.gloo_device = None
 
 
 class Meshes:
@@ -322,11 +330,11 @@ def _sweep() -> None:
 
 
 class _Gloo:
-    def __init__(self, store: Store, rank: int, size: int, gloo_device: Any, timeout_s: float, life: _Life):
+    def __init__(self, store: Store, rank: int, size: int, timeout_s: float, life: _Life):
         _sweep()
         gloo: Any = dist.ProcessGroupGloo  # the stubs lack its options
         options = gloo._Options()
-        options._devices = [gloo_device]
+        options._devices = [life.gloo_device]
         options._threads = 1
         options._timeout = timedelta(seconds=timeout_s)
         self._rank, self._size, self._life = rank, size, life
@@ -384,6 +392,8 @@ class _Gloo:
                     group.recv([nothing], peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
+        # Not left to the destructor: a failed collective's traceback keeps the connections alive.
+        self.abort()
         group, self._group = self._group, None
         if group is not None and not all(work.is_completed() for work in self._pending):
             with _leftovers_lock:
@@ -391,7 +401,8 @@ class _Gloo:
         self._pending.clear()
 
     def __del__(self) -> None:
-        self.close()
+        if self._group is not None:
+            self.close()
 
 
 _ABORT_TAG = 2**30  # a tag that nobody uses
