@@ -52,13 +52,13 @@ class ModelCall:
 
     def shape(self) -> Hashable:
         """What must not change between two forwards for one to be reused in the other (rows apart)."""
-        context = self.arguments.get("context") if "context" in (*self.parameters, *self.call.kwargs) else None
+        context = self.arguments.get("context")
         length = context.shape[1:] if isinstance(context, torch.Tensor) else None
         return (self.x.shape[1:], self.x.dtype, length, self.rows // self.chunks)
 
     def with_options(self, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The call's arguments with other transformer options."""
-        arguments = Arguments(self.parameters, self.call.args, self.call.kwargs)
+        arguments = Arguments(self.parameters, self.call.args, dict(self.call.kwargs))
         arguments.put("transformer_options", options)
         return tuple(arguments.args), arguments.kwargs
 

@@ -27,11 +27,13 @@ class AttentionOverride:
         self._exchanges: dict[tuple[int, Joint], Exchange] = {}
 
     def __call__(self, func: Callable, *args, **kwargs) -> torch.Tensor:
-        call = Call.parse(func, args, kwargs)
         forward = self.hooks.forward if self.hooks is not None else None
         exchange = None
         if forward is not None and forward.joint is not None and forward.mesh.sequence.size > 1:
             exchange = self._exchange(forward.mesh, forward.joint)
+        elif self.chooser.setting is None and self.chooser.previous is None:
+            return func(*args, **kwargs)
+        call = Call.parse(func, args, kwargs)
         return attend_call(exchange, call, self.chooser.kernel(call))
 
     def _exchange(self, mesh: Mesh, joint: Joint) -> Exchange:
@@ -74,9 +76,10 @@ class Runner:
         names: positional parameters of ``call``. step: what the cache shall do; comm: every rank that shares the step.
         """
         if self.hooks.plan.control:
-            arguments = Arguments(names, args, kwargs)
-            if ("control" in names or "control" in kwargs) and isinstance(arguments.get("control"), dict):
-                arguments.put("control", LocalControl(arguments.get("control"), self.hooks))
+            arguments = Arguments(names, args, dict(kwargs))
+            control = arguments.get("control")
+            if isinstance(control, dict):
+                arguments.put("control", LocalControl(control, self.hooks))
                 args, kwargs = tuple(arguments.args), arguments.kwargs
         if self.cache is not None:
             self.cache.begin(step, comm)

@@ -7,7 +7,7 @@ again on the first rank, and the other ranks stop there (``StackDone``): their r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,22 +36,25 @@ class Forward:
 
 
 class Arguments:
-    """Reads and replaces a block's arguments by name, however they were passed."""
+    """Reads and replaces a call's arguments by name, however they were passed. ``kwargs`` is changed in place."""
 
-    def __init__(self, names: list[str], args: tuple, kwargs: dict[str, Any]):
-        self.names, self.args, self.kwargs = names, list(args), dict(kwargs)
+    __slots__ = ("args", "kwargs", "names")
 
-    def get(self, name: str):
+    def __init__(self, names: list[str], args: Sequence[Any], kwargs: dict[str, Any]):
+        self.names, self.args, self.kwargs = names, list(args), kwargs
+
+    def get(self, name: str) -> Any:
+        """None where the argument was not passed."""
         if name in self.kwargs:
             return self.kwargs[name]
-        index = self.names.index(name)
+        index = self.names.index(name) if name in self.names else len(self.args)
         return self.args[index] if index < len(self.args) else None
 
-    def put(self, name: str, value) -> None:
-        if name in self.kwargs:
-            self.kwargs[name] = value
-        else:
+    def put(self, name: str, value: Any) -> None:
+        if name not in self.kwargs and name in self.names[: len(self.args)]:
             self.args[self.names.index(name)] = value
+        else:
+            self.kwargs[name] = value
 
 
 class Hooks:
@@ -85,8 +88,12 @@ class Hooks:
             forward = self.forward
             if forward is None:
                 return None
-            block = Arguments(names, args, kwargs)
             cut = forward.cut
+            if forward.sharded and cut.ranks == 1:  # nothing is cut
+                if spec.exchange is None:
+                    forward.joint = cut.joint(spec.joint)
+                return None
+            block = Arguments(names, args, kwargs)
             if not forward.sharded:
                 measure(cut, spec, block)
                 for name, segments in spec.tokens.items():
@@ -95,11 +102,13 @@ class Hooks:
             else:
                 expect(cut, spec, block)
             for name, (segments, dim) in spec.tables.items():
-                if block.get(name) is not None:
-                    block.put(name, cut.table(block.get(name), segments, dim))
+                value = block.get(name)
+                if value is not None:
+                    block.put(name, cut.table(value, segments, dim))
             for name, rule in spec.rules.items():
-                if block.get(name) is not None:
-                    block.put(name, rule(cut, block.get(name)))
+                value = block.get(name)
+                if value is not None:
+                    block.put(name, rule(cut, value))
             if spec.exchange is None:
                 forward.joint = cut.joint(spec.joint)
             return tuple(block.args), block.kwargs

@@ -11,6 +11,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
 import torch
+
 from para_core.comfy.attach import attach
 from para_core.settings import Attention, Parallel
 

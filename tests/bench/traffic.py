@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from unit.fake_comm import fake_meshes, on_ranks
+
 from para_core.attention.choice import Chooser, ChosenKernel
 from para_core.attention.exchange import Exchange, attend
 from para_core.attention.traffic import Traffic
 from para_core.sequence.layout import Joint, balanced
-from unit.fake_comm import fake_meshes, on_ranks
 
 ROWS, HEADS, DIM = 1152, 24, 16
 
