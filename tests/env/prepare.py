@@ -17,6 +17,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -181,11 +182,16 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     env = Environment.locate()
+    # as an exception, so that the installer which is running ends too instead of filling the folder on its own
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("prepare: stopped"))
     try:
         prepare(env)
     except PrepareError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("prepare: stopped", file=sys.stderr)
+        return 130
     if arguments:
         os.execve(env.python, [str(env.python), *arguments[1:]], env.variables())
     return 0
