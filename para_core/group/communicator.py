@@ -7,6 +7,7 @@ what gloo and NCCL listen on is bound to the loopback interface.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import threading
@@ -64,7 +65,7 @@ class _Life:
 
 
 class Communicator:
-    """``para_core.sequence.mesh.Comm`` between processes. Made by ``join`` and ``split``. All members shift together.
+    """``para_core.sequence.mesh.Comm`` between processes. Made by ``join`` and ``split``.
 
     rank, size: within this communicator. ranks: its members' ranks in the joined one. device: where its tensors live.
 
@@ -318,6 +319,8 @@ def _loopback_device() -> Any:
         return dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
 
 
+_ABORT_TAG = 2**30  # more messages than are ever sent
+
 # A gloo group's destructor waits, holding Python's lock, until every pending collective has ended, which after a failure
 # can take the group's whole timeout. Groups with such leftovers are kept here until they have none.
 _leftovers: list[tuple[Any, list[Any]]] = []
@@ -327,6 +330,38 @@ _leftovers_lock = threading.Lock()
 def _sweep() -> None:
     with _leftovers_lock:
         _leftovers[:] = [(group, works) for group, works in _leftovers if not all(work.is_completed() for work in works)]
+
+
+class _Transfer:
+    """A send and a receive as one work that can be waited for in part.
+
+    Gloo's own cannot: a wait that times out closes all connections (which ``_Gloo.abort`` makes use of).
+    """
+
+    def __init__(self, works: list[Any]):
+        self._done = threading.Event()
+        self._error: RuntimeError | None = None
+        if works:
+            threading.Thread(target=self._wait, args=(works,), name="paradit-shift", daemon=True).start()
+        else:
+            self._done.set()
+
+    def _wait(self, works: list[Any]) -> None:
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            self._error = error
+        self._done.set()
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        if not self._done.wait(None if timeout is None else timeout.total_seconds()):
+            raise RuntimeError("still under way")
+        if self._error is not None:
+            raise self._error
+
+    def is_completed(self) -> bool:
+        return self._done.is_set()
 
 
 class _Gloo:
@@ -339,6 +374,9 @@ class _Gloo:
         options._timeout = timedelta(seconds=timeout_s)
         self._rank, self._size, self._life = rank, size, life
         self._pending: list[Any] = []
+        # Tags of point-to-point messages: both ends count, so that several can be under way.
+        self._sent = [itertools.count() for _ in range(size)]
+        self._received = [itertools.count() for _ in range(size)]
         self._group: Any = None
         self._group = gloo(store, rank, size, options)
 
@@ -354,10 +392,12 @@ class _Gloo:
         return self._started(self._group.broadcast([tensor], options))
 
     def start_shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Any:
-        # Not gloo's own send and recv: waiting for those cannot be interrupted.
-        sent_sizes, received_sizes = [0] * self._size, [0] * self._size
-        sent_sizes[to], received_sizes[source] = sent.numel(), received.numel()
-        return self.start_all_to_all(received, sent, received_sizes, sent_sizes)
+        works = []
+        if sent.numel():
+            works.append(self._group.send([sent], to, next(self._sent[to])))
+        if received.numel():
+            works.append(self._group.recv([received], source, next(self._received[source])))
+        return self._started(_Transfer(works))
 
     def _started(self, work: Any) -> Any:
         self._pending.append(work)
@@ -403,9 +443,6 @@ class _Gloo:
     def __del__(self) -> None:
         if self._group is not None:
             self.close()
-
-
-_ABORT_TAG = 2**30  # a tag that nobody uses
 
 
 class _Nccl:

@@ -61,7 +61,7 @@ def _rank(program: Callable[..., Any], rank: int, size: int, results: Connection
     torch.set_num_threads(1)
     try:
         outcome = (True, program(rank, size, *arguments))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (pytest's failures are BaseExceptions)
         outcome = (False, traceback.format_exc())
     results.send(outcome)
     # A program may leave collectives pending on purpose; an ordinary exit would wait for them.

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def world_size(device: str) -> int:
     return 4 if device == "cpu" else min(4, torch.cuda.device_count())
 
 
-def join(rank: int, size: int, store: Path, name: str = "first", device: str = "cpu", timeout_s: float = 60.0, **options: Any) -> Communicator:
+def join(
+    rank: int, size: int, store: Path, name: str = "first", device: str = "cpu", timeout_s: float = 60.0, **options: Any
+) -> Communicator:
     if device == "cuda":
         device = f"cuda:{rank}"
         torch.cuda.set_device(device)
@@ -112,6 +115,14 @@ def shift_program(rank: int, size: int, store: Path, device: str) -> None:
     backwards = torch.zeros(4, device=comm.device)
     comm.shift(torch.full((4,), float(rank), device=comm.device), (rank - 1) % size, backwards, (rank + 1) % size)()
     assert backwards.tolist() == [(rank + 1) % size] * 4
+    # Only the first and the last rank take part.
+    nothing = torch.empty(0, device=comm.device)
+    if rank == 0:
+        comm.shift(nothing, size - 1, backwards, size - 1)()
+        assert backwards.tolist() == [7.0] * 4
+    elif rank == size - 1:
+        comm.shift(torch.full((4,), 7.0, device=comm.device), 0, nothing, 0)()
+    comm.all_reduce(backwards)
     comm.close()
 
 
@@ -215,19 +226,31 @@ def test_an_abort_fails_the_peers_pending_collectives_and_the_next_communicator_
 
 
 def own_abort_program(rank: int, size: int, store: Path) -> float:
-    comm = join(rank, size, store)
     if rank != 1:
+        comms = [join(rank, size, store, name) for name in ("collective", "shift")]
         time.sleep(2.0)
-        return 0.0
-    threading.Timer(0.4, comm.abort).start()
-    seconds, message = failure_of(lambda: comm.broadcast(torch.zeros(4)))
-    begin = time.monotonic()
-    comm.close()
-    del comm
-    return seconds + time.monotonic() - begin
+        return float(len(comms) - 2)
+    seconds = 0.0
+    for name, act in (("collective", receive_broadcast), ("shift", receive_shift)):
+        comm = join(rank, size, store, name)
+        threading.Timer(0.3, comm.abort).start()
+        seconds += failure_of(partial(act, comm))[0]
+        begin = time.monotonic()
+        comm.close()
+        comm = None  # type: ignore[assignment]
+        seconds += time.monotonic() - begin
+    return seconds
 
 
-def test_an_abort_from_another_thread_fails_this_ranks_pending_collective(tmp_path: Path) -> None:
+def receive_broadcast(comm: Communicator) -> None:
+    comm.broadcast(torch.zeros(4))
+
+
+def receive_shift(comm: Communicator) -> None:
+    comm.shift(torch.empty(0), 0, torch.zeros(4), 0)()
+
+
+def test_an_abort_from_another_thread_fails_this_ranks_pending_collective_or_shift(tmp_path: Path) -> None:
     assert max(run_ranks(own_abort_program, 3, tmp_path / "store")) < PROMPT_S
 
 
@@ -276,14 +299,14 @@ def killed_in_transfer_program(rank: int, size: int, store: Path) -> float:
     tensor = torch.zeros(LARGE)
     begin = time.monotonic()
     if rank == 0:
-        threading.Thread(target=lambda: comm.broadcast(tensor), daemon=True).start()
+        threading.Thread(target=comm.broadcast, args=(tensor,), daemon=True).start()
         time.sleep(0.03)
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises((Noticed, CommunicationFailed)):
         comm.broadcast(tensor)
     comm.abort()
     comm.close()
-    del comm
+    comm = None  # type: ignore[assignment]
     return time.monotonic() - begin
 
 
@@ -346,7 +369,6 @@ def listening_program(rank: int, size: int, store: Path) -> dict[str, Any]:
     idle = time.process_time() - idle
     reduce(comm)
     comm.close()
-    del comm
     assert not torch.distributed.is_initialized()
     return {"before": before, "during": during, "after": listening(), "idle": idle, "environment": dict(os.environ) == variables}
 
