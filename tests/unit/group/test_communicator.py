@@ -325,7 +325,7 @@ def stopped_peer_program(rank: int, size: int, store: Path) -> float:
 
 def test_a_stopped_peer_fails_collectives_after_the_timeout(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"ranks \[1\] did not end") as ended:
-        run_ranks(stopped_peer_program, 2, tmp_path / "store", limit_s=6)
+        run_ranks(stopped_peer_program, 2, tmp_path / "store", limit_s=4)
     assert "(True, " in str(ended.value)  # rank 0 has returned
 
 
