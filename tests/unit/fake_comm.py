@@ -12,7 +12,7 @@ import torch
 from para_core.sequence.mesh import Mesh
 
 T = TypeVar("T")
-TIMEOUT = 20.0
+TIMEOUT = 10.0
 
 
 class FakeComm:

@@ -147,6 +147,13 @@ def test_the_stock_kernel_computes_other_rows_and_heads_with_the_calls_keywords(
     assert seen["low_precision_attention"] is False and seen["transformer_options"] == {"block": 1}
 
 
+def test_the_stock_kernel_is_called_as_from_inside_the_wrapper_so_that_no_override_runs_again():
+    seen = {}
+    call = Call.parse(lambda *args, **kwargs: seen.update(kwargs), (q, k, v, H), {"transformer_options": {}})
+    StockKernel(call).run(call.q, call.k, call.v, mask=None, scale=None)
+    assert seen["_inside_attn_wrapper"] is True and "scale" not in seen
+
+
 def test_a_previous_override_is_the_stock_kernel_and_gets_the_wrapped_function():
     def previous(func, q, k, v, heads, **kwargs):
         assert func is stock_attention
