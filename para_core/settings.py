@@ -24,6 +24,21 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Compile:
+    """How blocks run: ``off``, ``compile``, ``graph`` or ``compile+graph``."""
+
+    mode: str = "compile+graph"
+
+    @property
+    def blocks(self) -> bool:
+        return "compile" in self.mode
+
+    @property
+    def graph(self) -> bool:
+        return "graph" in self.mode
+
+
+@dataclass(frozen=True)
 class Cache:
     """First Block Cache. Percentages are of the sampling schedule; ``max_consecutive_hits`` -1: no limit, 0: never."""
 

@@ -17,6 +17,7 @@ from ..plans.plan import Blocks, parameters
 from ..sequence.cut import Cut
 from ..sequence.hooks import Arguments, Hooks
 from ..sequence.mesh import Comm
+from ..sequence.replace import replace
 from ..sequence.solo import SOLO
 from .predictor import History
 from .rule import change, decide
@@ -78,20 +79,20 @@ class FirstBlockCache:
         self.changes: tuple[float, ...] = ()
         self._entries: dict[Hashable, Entry] = {}
         self._first: torch.Tensor | None = None
-        self._replaced = []
+        self._undo: list[Callable[[], None]] = []
         flat = [(spec, block) for spec, blocks in hooks.stacks for block in blocks]
         for index, (spec, block) in enumerate(flat):
             wrap = self._first_block if index == 0 else self._later_block
-            block.forward = wrap(spec, block.forward, parameters(block), index == len(flat) - 1)
-            self._replaced.append(block)
+            forward = wrap(spec, block.forward, parameters(block), index == len(flat) - 1)
+            self._undo.append(replace(block, "forward", forward))
 
     def begin(self, step: Step | None, comm: Comm | None = None) -> None:
         self.step, self.comm = step, comm
         self.hit, self.changes = False, ()
 
     def remove(self) -> None:
-        for block in self._replaced:
-            del block.forward
+        while self._undo:
+            self._undo.pop()()
         self.forget()
 
     def forget(self) -> None:

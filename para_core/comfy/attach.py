@@ -8,11 +8,11 @@ import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..log import log
-from ..settings import Attention, Cache, Parallel
+from ..settings import Attention, Cache, Compile, Parallel
 from . import sidecars
 from .session import KEY, sample
 
-Settings = Parallel | Attention | Cache
+Settings = Parallel | Attention | Cache | Compile
 
 
 def attach(model: comfy.model_patcher.ModelPatcher, settings: Settings) -> comfy.model_patcher.ModelPatcher:

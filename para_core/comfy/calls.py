@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from ..execution.runner import OVERRIDE
 from ..sequence.hooks import Arguments
 from ..sequence.rows import take
 from .lanes import Call
 
 CODE = ("wrappers", "callbacks")  # act outside of the diffusion model, on rank 0 only
-OVERRIDE = "optimized_attention_override"
 
 
 def entry(model: torch.nn.Module) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_management
 import comfy.samplers
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..attention.choice import Chooser
@@ -17,17 +18,19 @@ from ..cache.first_block import Step, chunks
 from ..cache.predictor import ORDERS
 from ..cache.rule import Decisions, Window
 from ..execution.runner import AttentionOverride, Runner
-from ..group.group import RankLost
+from ..group.codec import Untransportable
+from ..group.member import RankLost
 from ..log import log
-from ..plans import PlanError, plan_for
+from ..plans import Plan, PlanError, plan_for
 from ..sequence.mesh import Degrees
+from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
-from ..settings import Attention, Cache, Parallel
+from ..settings import Attention, Cache, Compile, Parallel
 from . import calls, sidecars
 from .calls import ModelCall
 from .lanes import Call, Lanes
 from .notify import Notes, show
-from .split import Split
+from .split import Obstacle, Split
 
 KEY = "paradit"
 
@@ -52,6 +55,7 @@ class Session:
         self.parallel: Parallel | None = settings.get("Parallel")
         self.attention: Attention | None = settings.get("Attention")
         self.caching: Cache | None = settings.get("Cache")
+        self.compiling: Compile | None = settings.get("Compile")
         self.model: torch.nn.Module = self.patcher.model.diffusion_model
         self.names = calls.names(self.model)
         self.notes = Notes()
@@ -76,7 +80,7 @@ class Session:
             if reason:
                 self.notes.say(f"This run stays on one GPU: {reason}.")
                 devices = []
-        if caching or devices:
+        if caching or devices or self.compiling is not None and self.compiling.mode != "off":
             self._install(chooser, caching, devices)
         if self.runner is not None:
             options[calls.OVERRIDE] = self.runner.override
@@ -100,7 +104,7 @@ class Session:
             self.notes.say(f"ParaDiT has no plan for {type(self.model).__name__} yet: it runs as ComfyUI runs it, on one GPU.")
             return
         try:
-            self.runner = Runner(plan, self.model, chooser, cached=caching)
+            self.runner = Runner(plan, self.model, chooser, cached=caching, compiled=self._compiles(plan), stock=optimized_attention)
         except PlanError as error:
             self.notes.say(f"{error}. It runs as ComfyUI runs it, on one GPU.")
             return
@@ -114,14 +118,33 @@ class Session:
             self.decisions = Decisions(self.caching, window)
         if devices:
             self.split = Split(self, plan, devices)
-            self._undo.append(self.split.close)
+            self._undo.append(self.split.stop)
             for kind, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
                 add_wrapper_with_key(kind, KEY, wrapper, self.options, is_model_options=True)
-        name = calls.entry(self.model)
-        self.original = getattr(self.model, name)
-        replaced = self.model.__dict__.get(name)
-        setattr(self.model, name, self.forward)
-        self._undo.append(lambda: setattr(self.model, name, replaced) if replaced is not None else delattr(self.model, name))
+        self.original = getattr(self.model, calls.entry(self.model))
+        self._undo.append(replace(self.model, calls.entry(self.model), self.forward))
+
+    def _compiles(self, plan: Plan) -> bool:
+        """Whether blocks are compiled in this run; what stands against it is said."""
+        if self.compiling is None or not self.compiling.blocks:
+            return False
+        code = calls.obstacle(self.options["transformer_options"])
+        if code:
+            self.notes.say(f"Blocks are not compiled: {code} runs inside of them.")
+        elif plan.options is None:
+            self.notes.say(f"Blocks of {plan.family} are not compiled yet.")
+        return not code and plan.options is not None
+
+    def graph(self) -> bool:
+        """Whether this run's forwards are captured as CUDA graphs; what stands against it is said."""
+        if self.compiling is None or not self.compiling.graph or self.decisions is not None:
+            return False
+        if self.patcher.load_device.type != "cuda" or self.runner is None or self.runner.hooks.plan.options is None:
+            return False
+        if self.patcher.is_dynamic() or self.patcher.model.model_lowvram:
+            self.notes.say("No CUDA graphs: weights move while the model runs (--disable-dynamic-vram keeps them on the GPU).")
+            return False
+        return not calls.obstacle(self.options["transformer_options"])
 
     def close(self) -> None:
         """Undo everything, in reverse order, and write the run's line to the log."""
@@ -165,7 +188,11 @@ class Session:
                 try:
                     return self.split.step(model_calls)
                 except RankLost as lost:
-                    self.give_up(f"A worker was lost, the rest of this run is done on one GPU: {lost}", model_calls)
+                    reason = f"The rest of this run is computed on one GPU, because {lost}; the next prompt uses the whole group again."
+                except (Obstacle, Untransportable) as error:
+                    reason = f"The rest of this run is computed on one GPU: {error}."
+                # out here, the failed step's frames no longer hold its memory
+                self.give_up(reason, model_calls)
             return [self.alone(call) for call in model_calls]
         finally:
             self.seconds += time.perf_counter() - started
@@ -175,6 +202,7 @@ class Session:
         assert self.split is not None and self.runner is not None
         self.notes.say(reason)
         self.split.stop()
+        comfy.model_management.throw_exception_if_processing_interrupted()
         if self.decisions is not None and self.runner.cache is not None:
             self.decisions.forget()
             self.runner.cache.forget()
@@ -189,9 +217,12 @@ class Session:
     def alone(self, call: ModelCall) -> Any:
         """One call on this rank, through the cache if there is one."""
         self.forwards += 1
-        if self.decisions is None:
-            return self.original(*call.call.args, **call.call.kwargs)
         assert self.runner is not None
+        if self.decisions is None:
+            if self.runner.compiled is None and not self.graph():
+                return self.original(*call.call.args, **call.call.kwargs)
+            args, kwargs = call.call.args, call.call.kwargs
+            return self.runner.run(self.original, self.names, args, kwargs, mesh=SOLO_MESH, graph=self.graph())
         shapes = {key: call.shape() for key in call.keys}
         step = self.cache_step(shapes, call.sigma, chunks(call.keys, call.rows // call.chunks, 0, call.rows))
         result = self.runner.run(self.original, self.names, call.call.args, call.call.kwargs, mesh=SOLO_MESH, step=step)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ import torch
 
 from ..cache.first_block import Step, chunks
 from ..group.codec import Untransportable
-from ..group.group import GroupError, RankLost
+from ..group.group import GroupError
+from ..group.member import RankLost
 from ..plans.plan import Plan, attribute
 from ..sequence.degrees import choose
 from ..sequence.layout import balanced
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 Share = tuple[int, int, int]  # a replica's call, and its first and last batch row there
 
 
+class Obstacle(RuntimeError):
+    """Why a step cannot be shared."""
+
+
 class Split:
     """``active`` from the moment the model is on every rank until the run ends or a rank is lost."""
 
@@ -38,7 +44,7 @@ class Split:
         self.active = False
         self.used = Degrees()
         self._heads = attribute(session.model, plan.heads)
-        self._degrees: dict[int, Degrees] = {}
+        self._degrees: dict[tuple[int, int | None], Degrees] = {}
         self._memory_required = None
 
     # -- joining ------------------------------------------------------------------------------------------------------
@@ -54,10 +60,11 @@ class Split:
                 model=sidecars.model_id(session.patcher),
                 attention=session.attention.backend if session.attention else None,
                 cached=session.decisions is not None,
+                compiled=session.runner is not None and session.runner.compiled is not None,
             )
             self.active = True
         except (GroupError, RankLost, Unshareable, Untransportable) as error:
-            session.notes.say(f"This run stays on one GPU: {error}")
+            session.notes.say(f"This run stays on one GPU, because {error}.")
         if self.active and self.degrees(2).batch > 1:
             # each rank holds a part of the batch only, so more of it fits than ComfyUI thinks
             model, ranks = session.patcher.model, self.group.size
@@ -69,31 +76,28 @@ class Split:
     def stop(self) -> None:
         """The group is of no more use to this run."""
         self.active = False
+        self.group.end()
         if self._memory_required is not None:
             del self._memory_required.memory_required
             self._memory_required = None
 
-    def close(self) -> None:
-        if self.active:
-            self.group.end()
-        self.stop()
-
-    def degrees(self, rows: int) -> Degrees:
-        """Degrees for a step of ``rows`` batch rows; what had to be changed is said once."""
-        if rows not in self._degrees:
+    def degrees(self, rows: int, tokens: int | None = None, say: Callable[[str], None] = lambda _sentence: None) -> Degrees:
+        """Degrees for a step of ``rows`` batch rows, its shortest segment of ``tokens``; ``say`` hears what had to be changed."""
+        if (rows, tokens) not in self._degrees:
             asked = self.session.parallel
             assert asked is not None and self.session.runner is not None
-            self._degrees[rows], note = choose(
+            self._degrees[rows, tokens], note = choose(
                 self.group.size,
                 batch=asked.batch_degree,
                 ring=asked.ring_degree,
                 ulysses=asked.ulysses_degree,
                 rows=rows,
                 heads=self._heads,
+                tokens=tokens,
                 log_sum_exp=self.session.runner.override.chooser.has_lse,
             )
-            self.session.notes.say(note)
-        return self._degrees[rows]
+            say(note)
+        return self._degrees[rows, tokens]
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -116,37 +120,49 @@ class Split:
         return merged
 
     def step(self, model_calls: list[ModelCall]) -> list[Any]:
-        """Results of ``model_calls``, computed by the group. Raises RankLost if it cannot be done there."""
+        """Results of ``model_calls``, computed by the group.
+
+        Raises RankLost if it broke down, Obstacle or Untransportable if the calls hold what only this process has.
+        """
         session, group = self.session, self.group
         for call in model_calls:
             code = calls.obstacle(call.options)
             if code:
-                raise RankLost(f"{code} exists in ComfyUI's own process only")
-        degrees = self.degrees(len(model_calls) if len(model_calls) > 1 else model_calls[0].rows)
+                raise Obstacle(f"{code} exists in ComfyUI's own process only")
+        rows = len(model_calls) if len(model_calls) > 1 else model_calls[0].rows
+        degrees = self.degrees(rows, min(self._tokens(call) for call in model_calls), session.notes.say)
         shares = share(model_calls, degrees.batch)
         degrees = replace(degrees, batch=len(shares))
         steps, shapes = self._cache_steps(model_calls, shares, degrees)
+        graph = session.graph()
+        parts = [model_calls[index].part(start, stop, calls.travelling(model_calls[index].options)) for index, start, stop in shares]
         order = {
             "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
-            "parts": [model_calls[index].part(start, stop, calls.travelling(model_calls[index].options)) for index, start, stop in shares],
-            "cache": [None if step is None else step_data(step) for step in steps],
+            "shares": [{"part": part, "cache": step_data(step), "graph": graph} for part, step in zip(parts, steps, strict=True)],
         }
         index, start, stop = shares[0]
         args, kwargs = model_calls[index].part(start, stop, model_calls[index].options)
-        session.forwards += len(model_calls)
-        self.used = max(self.used, degrees, key=lambda known: known.world)
         assert session.runner is not None
         with uninterrupted(), group.step(order) as (mesh, comm):
-            first = session.runner.run(session.original, session.names, args, kwargs, mesh=mesh, step=steps[0], comm=comm)
+            first = session.runner.run(session.original, session.names, args, kwargs, mesh=mesh, step=steps[0], comm=comm, graph=graph)
             results = [first]
             for replica, (index, start, stop) in enumerate(shares[1:], start=1):
                 shape = (stop - start, first.shape[1], *model_calls[index].x.shape[2:])
                 results.append(group.collect(replica * degrees.sequence, first.new_empty(shape)))
-            if first.is_cuda:
-                torch.cuda.synchronize(first.device)  # a lost rank is noticed before its garbage reaches the sampler
+        # a lost rank has been noticed by now, before its garbage could reach the sampler
+        session.forwards += len(model_calls)
+        self.used = max(self.used, degrees, key=lambda known: known.world)
         comfy.model_management.throw_exception_if_processing_interrupted()
         session.record(shapes, model_calls[0].sigma)
         return [torch.cat(results)] if len(model_calls) == 1 and len(results) > 1 else results
+
+    def _tokens(self, call: ModelCall) -> int:
+        """Length of the shortest segment of a call; references and the like, which make the image's longer, are not counted."""
+        sides = call.x.shape[2:]
+        patch = attribute(self.session.model, self.plan.patch)
+        patches = [patch] * len(sides) if isinstance(patch, int) else patch
+        tokens = math.prod(-(-side // size) for side, size in zip(sides, patches, strict=True))
+        return tokens if self.plan.text is None else min(tokens, call.arguments.get(self.plan.text).shape[1])
 
     def _cache_steps(
         self, model_calls: list[ModelCall], shares: list[Share], degrees: Degrees
@@ -173,8 +189,10 @@ def share(model_calls: list[ModelCall], replicas: int) -> list[Share]:
     return [(0, start, stop) for start, stop in itertools.pairwise(ends)]
 
 
-def step_data(step: Step) -> dict[str, Any]:
-    """A cache step as plain data for the channel (see ``worker.cache_step``)."""
+def step_data(step: Step | None) -> dict[str, Any] | None:
+    """A cache step as plain data for the channel; ``worker.Run`` puts it together again."""
+    if step is None:
+        return None
     return {
         "sigma": step.sigma,
         "threshold": step.threshold,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 
 from ..attention.choice import Chooser
 from ..cache.first_block import Chunk, Step
@@ -33,8 +34,8 @@ class ComfyHost:
     def begin(self, patcher, run: dict[str, Any]) -> Run:
         return Run(patcher.model.diffusion_model, run)
 
-    def forward(self, run: Run, part: tuple, cache: dict[str, Any] | None, mesh: Mesh, comm: Comm) -> torch.Tensor | None:
-        return run.forward(part, cache, mesh, comm)
+    def forward(self, run: Run, share: dict[str, Any], mesh: Mesh, comm: Comm) -> torch.Tensor | None:
+        return run.forward(share, mesh, comm)
 
     def end(self, run: Run) -> None:
         run.runner.remove()
@@ -48,15 +49,20 @@ class Run:
         assert plan is not None, "rank 0 has looked for it"
         self.names = calls.names(diffusion_model)
         self.function = getattr(diffusion_model, calls.entry(diffusion_model))
-        self.runner = Runner(plan, diffusion_model, Chooser(run["attention"]), cached=run["cached"])
+        chooser = Chooser(run["attention"])
+        self.runner = Runner(plan, diffusion_model, chooser, cached=run["cached"], compiled=run["compiled"], stock=optimized_attention)
 
     @torch.inference_mode()
-    def forward(self, part: tuple, cache: dict[str, Any] | None, mesh: Mesh, comm: Comm) -> torch.Tensor | None:
-        args, kwargs = part
+    def forward(self, share: dict[str, Any], mesh: Mesh, comm: Comm) -> torch.Tensor | None:
+        args, kwargs = share["part"]
+        cache = share["cache"]
         arguments = Arguments(self.names, args, kwargs)
         arguments.put("transformer_options", {**arguments.get("transformer_options"), calls.OVERRIDE: self.runner.override})
         step = None if cache is None else Step(**{**cache, "chunks": tuple(Chunk(*chunk) for chunk in cache["chunks"])})
-        return self.runner.run(self.function, self.names, tuple(arguments.args), arguments.kwargs, mesh=mesh, step=step, comm=comm)
+        args = tuple(arguments.args)
+        return self.runner.run(
+            self.function, self.names, args, arguments.kwargs, mesh=mesh, step=step, comm=comm, graph=share["graph"]
+        )
 
 
 def serve(channel: Channel, hello: dict[str, Any], leave: Callable[[], None]) -> None:

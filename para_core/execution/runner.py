@@ -16,13 +16,20 @@ from ..plans.plan import Plan
 from ..sequence.hooks import Arguments, Forward, Hooks, LocalControl, StackDone
 from ..sequence.layout import Joint
 from ..sequence.mesh import Comm, Mesh
+from .compiled import CompiledBlocks
+from .graphs import Graphs
+
+OVERRIDE = "optimized_attention_override"
 
 
 class AttentionOverride:
-    """``optimized_attention_override`` of one sampling run: the chosen local kernel, exchanged where tokens are cut."""
+    """``optimized_attention_override`` of one sampling run: the chosen local kernel, exchanged where tokens are cut.
 
-    def __init__(self, chooser: Chooser, hooks: Hooks | None):
-        self.chooser, self.hooks = chooser, hooks
+    ``stock``: the function that computes attention where no other is chosen; only compiled blocks need to be told.
+    """
+
+    def __init__(self, chooser: Chooser, hooks: Hooks | None, stock: Callable | None = None):
+        self.chooser, self.hooks, self.stock = chooser, hooks, stock
         self.traffic = Traffic()
         self._exchanges: dict[tuple[int, Joint], Exchange] = {}
 
@@ -36,6 +43,31 @@ class AttentionOverride:
         call = Call.parse(func, args, kwargs)
         return attend_call(exchange, call, self.chooser.kernel(call))
 
+    def compute(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        *,
+        exchanged: bool,
+        low_precision: bool,
+    ) -> torch.Tensor:
+        """Attention inside compiled blocks: q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` -> ``(B, H, S, D)``."""
+        assert self.stock is not None, "compiled blocks need to know the stock attention function"
+        kwargs: dict[str, Any] = {"mask": mask, "skip_reshape": True, "skip_output_reshape": True, "_inside_attn_wrapper": True}
+        if scale is not None:
+            kwargs["scale"] = scale
+        if not low_precision:
+            kwargs["low_precision_attention"] = False
+        call = Call.parse(self.stock, (q, k, v, q.shape[1]), kwargs)
+        forward = self.hooks.forward if self.hooks is not None else None
+        exchange = None
+        if exchanged and forward is not None and forward.block is not None and forward.mesh.sequence.size > 1:
+            exchange = self._exchange(forward.mesh, forward.block)
+        return attend_call(exchange, call, self.chooser.kernel(call))
+
     def _exchange(self, mesh: Mesh, joint: Joint) -> Exchange:
         key = (id(mesh), joint)
         if key not in self._exchanges or self._exchanges[key].mesh is not mesh:
@@ -44,20 +76,27 @@ class AttentionOverride:
 
 
 class Runner:
-    """Hooks, attention override and cache of one model for one sampling run.
+    """Hooks, attention override, cache and execution of one model for one sampling run.
 
     ``run`` is for one forward at a time. Raises PlanError when the model does not look as its plan expects.
     """
 
-    def __init__(self, plan: Plan, model: torch.nn.Module, chooser: Chooser, *, cached: bool):
+    def __init__(
+        self, plan: Plan, model: torch.nn.Module, chooser: Chooser, *, cached: bool, compiled: bool = False, stock: Callable | None = None
+    ):
         self.hooks = Hooks(plan, model)
-        self.override = AttentionOverride(chooser, self.hooks)
+        self.override = AttentionOverride(chooser, self.hooks, stock)
+        self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE) if compiled and plan.options is not None else None
         self.cache = FirstBlockCache(self.hooks) if cached else None
+        self.graphs = Graphs()
 
     def remove(self) -> None:
         """Leave the model as it was."""
+        self.graphs.drop()
         if self.cache is not None:
             self.cache.remove()
+        if self.compiled is not None:
+            self.compiled.remove()
         self.hooks.remove()
 
     def run(
@@ -70,24 +109,33 @@ class Runner:
         mesh: Mesh,
         step: Step | None = None,
         comm: Comm | None = None,
+        graph: bool = False,
     ):
         """The result of ``call(*args, **kwargs)`` on ``mesh``'s first rank, None on the others.
 
         names: positional parameters of ``call``. step: what the cache shall do; comm: every rank that shares the step.
+        graph: replay a CUDA graph where there is one for this shape, and capture one where there is none.
         """
-        if self.hooks.plan.control:
-            arguments = Arguments(names, args, dict(kwargs))
-            control = arguments.get("control")
-            if isinstance(control, dict):
-                arguments.put("control", LocalControl(control, self.hooks))
-                args, kwargs = tuple(arguments.args), arguments.kwargs
+        arguments = Arguments(names, args, dict(kwargs))
+        control = arguments.get("control") if self.hooks.plan.control else None
+        if isinstance(control, dict):
+            arguments.put("control", LocalControl(control, self.hooks))
+
+        def forward(*args, **kwargs):
+            self.override.chooser.begin_forward()
+            self.hooks.forward = Forward(mesh)
+            try:
+                return call(*args, **kwargs)
+            except StackDone:
+                return None
+            finally:
+                self.hooks.forward = None
+
         if self.cache is not None:
             self.cache.begin(step, comm)
-        self.override.chooser.begin_forward()
-        self.hooks.forward = Forward(mesh)
-        try:
-            return call(*args, **kwargs)
-        except StackDone:
-            return None
-        finally:
-            self.hooks.forward = None
+        if graph and step is None and self.hooks.plan.options is not None and not isinstance(control, dict):
+            options = arguments.get("transformer_options") or {}
+            kept = (*self.hooks.plan.options, OVERRIDE)
+            arguments.put("transformer_options", {name: value for name, value in options.items() if name in kept})
+            return self.graphs.run(forward, tuple(arguments.args), arguments.kwargs, id(mesh))
+        return forward(*arguments.args, **arguments.kwargs)

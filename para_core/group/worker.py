@@ -18,10 +18,11 @@ import torch
 from ..sequence.mesh import Comm, Degrees, Mesh
 from .channel import Channel, ChannelClosed
 from .codec import decode, packed_size, unpack
-from .communicator import Communicator, Meshes
+from .communicator import CommunicationFailed, Communicator, Meshes
+from .member import one_line
 from .weights import receive
 
-BEAT = 1.0  # seconds between signs of life during a run
+BEAT = 0.5  # seconds between signs of life during a run
 
 
 class Host(Protocol):
@@ -36,8 +37,8 @@ class Host(Protocol):
     def begin(self, model: Any, run: dict[str, Any]) -> Any:
         """A runner for one sampling run."""
 
-    def forward(self, runner: Any, part: tuple, cache: dict[str, Any] | None, mesh: Mesh, comm: Comm) -> torch.Tensor | None:
-        """One share of a step: the result on the mesh's first rank, None on the others."""
+    def forward(self, runner: Any, share: dict[str, Any], mesh: Mesh, comm: Comm) -> torch.Tensor | None:
+        """This replica's share of a step: the result on the mesh's first rank, None on the others."""
 
     def end(self, runner: Any) -> None:
         """Leave the model as it was."""
@@ -50,8 +51,8 @@ class Worker:
         self.channel, self.host, self.device = channel, host, device
         self._leave = leave
         self._orders: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._busy = threading.Event()
-        self._epoch = 0
+        self._attending = threading.Event()
+        self._epoch = self._ended = 0
         self._comm: Communicator | None = None
         self._meshes: Meshes | None = None
         self._models: dict[int, Any] = {}
@@ -66,10 +67,13 @@ class Worker:
             kind, payload = self._orders.get()
             try:
                 getattr(self, f"on_{kind}")(payload)
+                continue
             except ChannelClosed:
                 self._leave()
             except Exception as error:  # the process boundary: whatever went wrong is rank 0's to judge
                 self._failed(error)
+            if not self._usable():  # here the error's frames, and the tensors in them, have gone
+                self._leave()
 
     def _listen(self) -> None:
         try:
@@ -83,14 +87,15 @@ class Worker:
             self._leave()
 
     def _abort(self, epoch: int) -> None:
-        """A peer was lost while this rank may wait for it; runs beside the main thread."""
+        """A peer was lost while this rank may wait for it, in a collective or to join; runs beside the main thread."""
+        self._ended = max(self._ended, epoch)
         comm = self._comm
         if comm is not None and epoch == self._epoch:
             comm.abort()
 
     def _beat(self) -> None:
         pause = threading.Event()
-        while self._busy.wait():
+        while self._attending.wait():
             try:
                 self.channel.tell("beat")
             except ChannelClosed:
@@ -98,13 +103,24 @@ class Worker:
             pause.wait(BEAT)
 
     def _failed(self, error: Exception) -> None:
-        """Report, and let go of the communicator so that nobody waits for this rank."""
+        """Report, then let go of the communicator so that nobody waits for this rank: its peers fail later than this is heard."""
         traceback.print_exception(error, file=sys.stderr)
         sys.stderr.flush()
+        peer = isinstance(error, CommunicationFailed)
+        self.channel.tell("failed", {"epoch": self._epoch, "message": one_line(error), "peer": peer})
         self._drop_communicator(abort=True)
         self._drop_runner()
-        lines = traceback.format_exception_only(error)
-        self.channel.tell("failed", {"epoch": self._epoch, "message": lines[-1].strip()})
+
+    def _usable(self) -> bool:
+        """Free what a failure left behind. False after errors that CUDA never recovers from within a process."""
+        gc.collect()
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                return False
+        return True
 
     def _drop_communicator(self, *, abort: bool) -> None:
         comm, self._comm, self._meshes = self._comm, None, None
@@ -114,19 +130,23 @@ class Worker:
             comm.close()
 
     def _drop_runner(self) -> None:
-        self._busy.clear()
         runner, self._runner = self._runner, None
         if runner is not None:
             self.host.end(runner)
 
     # -- orders -------------------------------------------------------------------------------------------------------
 
+    def on_attend(self, _payload: Any) -> None:
+        """A run begins: rank 0 counts on signs of life until it ends."""
+        self._attending.set()
+
     def on_join(self, order: dict[str, Any]) -> None:
         self._drop_runner()
         self._drop_communicator(abort=True)
         self._epoch = order["epoch"]
+        limits = order["collective"], order["join"]
         self._comm = Communicator.join(
-            order["store"], f"epoch{order['epoch']}", order["rank"], order["size"], self.device, order["collective"], order["join"]
+            order["store"], f"epoch{self._epoch}", order["rank"], order["size"], self.device, *limits, self._check
         )
         self._meshes = Meshes(self._comm)
         self.channel.tell("joined", self._epoch)
@@ -150,7 +170,6 @@ class Worker:
 
     def on_begin(self, run: dict[str, Any]) -> None:
         self._runner = self.host.begin(self._models[run["model"]], run)
-        self._busy.set()
 
     def on_step(self, order: dict[str, Any]) -> None:
         comm, meshes = self._comm, self._meshes
@@ -165,12 +184,17 @@ class Worker:
             return
         replica = comm.rank // degrees.sequence
         everyone = comm.split(range(degrees.world))
-        result = self.host.forward(self._runner, step["parts"][replica], step["cache"][replica], mesh, everyone)
+        result = self.host.forward(self._runner, step["shares"][replica], mesh, everyone)
         if result is not None:
             comm.shift(result.contiguous(), 0, result.new_empty(0), 0)()
 
     def on_end(self, _payload: Any) -> None:
+        self._attending.clear()
         self._drop_runner()
+
+    def _check(self) -> None:
+        if self._ended >= self._epoch:
+            raise CommunicationFailed("rank 0 has given this communicator up")
 
     @property
     def comm(self) -> Communicator:

@@ -26,5 +26,7 @@ PLAN = Plan(
     ),
     stream="img",
     heads="num_heads",
+    options=("rope_options",),
+    text="context",
     control=True,
 )

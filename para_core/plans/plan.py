@@ -52,6 +52,10 @@ class Plan:
     models: ends of the full class names it is for. stacks: block lists in the order they run.
     stream: the segment that is used after the last block (gathered there, and compared by the step cache); the rows of
         other segments are dropped by the model itself. heads: attribute path of the number of attention heads.
+    text: argument of the model's forward with the text tokens (dim 1), where they are cut too. patch: attribute path of the
+        patch size, one number or one a side: how many tokens an image or a video has at least.
+    options: transformer options that the family's forward reads besides patches and the attention override; None: not
+        known, so its blocks are neither compiled nor captured.
     control: True where ControlNet residuals (``control["input" / "output"]`` lists) are added to ``stream`` between blocks.
     """
 
@@ -60,7 +64,10 @@ class Plan:
     stacks: tuple[Blocks, ...]
     stream: str
     heads: str
+    text: str | None = None
+    patch: str = "patch_size"
     control: bool = False
+    options: tuple[str, ...] | None = None
 
 
 def attribute(module: Any, path: str) -> Any:

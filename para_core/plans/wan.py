@@ -19,4 +19,5 @@ PLAN = Plan(
     ),
     stream="img",
     heads="num_heads",
+    options=("rope_options",),
 )

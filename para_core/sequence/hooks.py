@@ -25,7 +25,8 @@ class StackDone(Exception):
 class Forward:
     """One forward on one rank: its cut, and what the attention override needs to know while a block runs.
 
-    joint: the joint sequence of the exchanged attention while such a call may happen, else None.
+    joint: the joint sequence of the exchanged attention while such a call may happen, else None. block: that of the
+    running block, whether or not such a call is happening.
     """
 
     def __init__(self, mesh: Mesh):
@@ -33,6 +34,7 @@ class Forward:
         self.cut = Cut(mesh.sequence.rank, mesh.sequence.size)
         self.sharded = False
         self.joint: Joint | None = None
+        self.block: Joint | None = None
 
 
 class Arguments:
@@ -68,7 +70,8 @@ class Hooks:
         self.forward: Forward | None = None
         self.stacks = check(plan, model)
         self.last = self.stacks[-1][1][-1]
-        self._handles = []
+        self._handles: list = []
+        self._submodules: list = []
         for spec, blocks in self.stacks:
             names = parameters(blocks[0])
             for block in blocks:
@@ -76,12 +79,19 @@ class Hooks:
                 self._handles.append(block.register_forward_hook(self._after(spec, block is self.last)))
                 for name in spec.exchange or ():
                     module = attribute(block, name)
-                    self._handles.append(module.register_forward_pre_hook(self._enter(spec)))
-                    self._handles.append(module.register_forward_hook(self._leave))
+                    self._submodules.append(module.register_forward_pre_hook(self._enter(spec)))
+                    self._submodules.append(module.register_forward_hook(self._leave))
 
     def remove(self) -> None:
+        self.release_submodules()
         for handle in self._handles:
             handle.remove()
+
+    def release_submodules(self) -> None:
+        """Take the hooks off submodules: compiled blocks say themselves which of their calls are exchanged."""
+        for handle in self._submodules:
+            handle.remove()
+        self._submodules.clear()
 
     def _before(self, spec: Blocks, names: list[str]) -> Callable:
         def before(_module, args, kwargs):
@@ -89,6 +99,8 @@ class Hooks:
             if forward is None:
                 return None
             cut = forward.cut
+            if forward.sharded:
+                forward.block = cut.joint(spec.joint)
             if forward.sharded and cut.ranks == 1:  # nothing is cut
                 if spec.exchange is None:
                     forward.joint = cut.joint(spec.joint)
@@ -99,6 +111,7 @@ class Hooks:
                 for name, segments in spec.tokens.items():
                     block.put(name, own(cut.local(block.get(name), segments, 1), cut))
                 forward.sharded = True
+                forward.block = cut.joint(spec.joint)
             else:
                 expect(cut, spec, block)
             for name, (segments, dim) in spec.tables.items():

@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["overhead", "steps"])
     parser.add_argument("--quick", action="store_true", help="few repeats and tiny models: only shows that the command works")
     parser.add_argument("--models", default="flux-1024,flux-2048,wan-480p", help="for steps: which, separated by commas")
+    parser.add_argument("--backends", default="exact,auto", help="for steps: attention backends")
+    parser.add_argument("--modes", default="off,compile+graph", help="for steps: how blocks run")
     parser.add_argument("--out", type=Path, default=HERE / "records", help="folder for the JSON record")
     options = parser.parse_args()
 
@@ -57,7 +59,7 @@ def main() -> None:
     if options.what in (None, "overhead"):
         tables["overhead"] = overhead.measure(quick=options.quick)
     if options.what in (None, "steps"):
-        tables["steps"] = steps.measure(options.models.split(","), quick=options.quick)
+        tables["steps"] = steps.measure(*(listed.split(",") for listed in (options.models, options.backends, options.modes)), quick=options.quick)
     options.out.mkdir(parents=True, exist_ok=True)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     path = options.out / f"{date.today().isoformat()}-{kind}-{options.what or 'all'}.json"

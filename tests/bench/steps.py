@@ -13,7 +13,7 @@ import comfy.sample
 import torch
 
 from para_core.comfy.attach import attach
-from para_core.settings import Attention, Parallel
+from para_core.settings import Attention, Compile, Parallel
 
 FLUX = {
     "image_model": "flux",
@@ -109,7 +109,7 @@ def run(model: comfy.model_patcher.ModelPatcher, case: Case) -> tuple[torch.Tens
     return latents.float(), statistics.median(after - before for before, after in zip(stamps, stamps[1:], strict=False))
 
 
-def measure(names: list[str], *, quick: bool) -> list[dict[str, object]]:
+def measure(names: list[str], backends: list[str], modes: list[str], *, quick: bool) -> list[dict[str, object]]:
     cuda = torch.cuda.is_available()
     ranks = [2] if not cuda else [count for count in (2, 4, 8) if count <= torch.cuda.device_count()]
     rows: list[dict[str, object]] = []
@@ -117,10 +117,11 @@ def measure(names: list[str], *, quick: bool) -> list[dict[str, object]]:
         case = CASES[name] if cuda and not quick else tiny(CASES[name])
         model = build(case)
         ways = {"stock": model}
-        for backend in ("exact", "auto") if cuda else ("exact",):
-            one = attach(model, Attention(backend))
-            ways[f"1 rank {backend}"] = one
-            ways |= {f"{count} ranks {backend}": attach(one, Parallel(gpus=count)) for count in ranks}
+        for backend in backends:
+            for mode in modes:
+                one = attach(attach(model, Attention(backend)), Compile(mode))
+                ways[f"1 rank, {backend}, {mode}"] = one
+                ways |= {f"{count} ranks, {backend}, {mode}": attach(one, Parallel(gpus=count)) for count in ranks}
         reference, stock = None, 0.0
         for way, patched in ways.items():
             run(patched, case)

@@ -1,0 +1,141 @@
+"""Compiled blocks: ``torch.compile`` block by block, one artefact a block class, with attention behind one operation.
+
+What changes from call to call or block to block (block index, closures of other nodes, counters) must not reach the
+compiled code, whose guards would compile it again each time. A block is therefore given transformer options that hold
+nothing but the attention operation of this run, and everything that operation needs stays outside, behind a number.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from itertools import count
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+
+from ..attention.call import Call
+from ..plans.plan import Blocks, attribute
+from ..sequence.hooks import Hooks
+from ..sequence.replace import replace
+
+
+class Attend(Protocol):
+    """Attention as this run computes it. ``exchanged``: whether the call sees the tokens of all ranks."""
+
+    def compute(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        *,
+        exchanged: bool,
+        low_precision: bool,
+    ) -> torch.Tensor: ...
+
+
+_runs: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def number(attend: Attend) -> int:
+    """A number for ``attend`` while it lives: the lowest one free, so that a later run finds compiled code of an earlier."""
+    with _lock:
+        found = next(candidate for candidate in count() if candidate not in _runs)
+        _runs[found] = attend
+    return found
+
+
+@torch.library.custom_op(
+    "paradit::block_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, int run, bool exchanged, bool low_precision) -> Tensor",
+)
+def block_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    run: int,
+    exchanged: bool,
+    low_precision: bool,
+) -> torch.Tensor:
+    """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` -> ``(B, H, S, D)``, memory ``(B, S, H, D)``."""
+    out = _runs[run].compute(q, k, v, mask, scale, exchanged=exchanged, low_precision=low_precision)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@block_attention.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, scale, run: int, exchanged: bool, low_precision: bool) -> torch.Tensor:
+    batch, heads, rows, dim = q.shape
+    return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
+
+
+class CompiledBlocks:
+    """Compiled forwards on the blocks of ``hooks``; ``remove()`` deletes them. ``option``: the options key of an override.
+
+    A call that cannot be compiled runs as it is from then on; ``failure`` says why.
+    """
+
+    def __init__(self, hooks: Hooks, attend: Attend, option: str, *, backend: str = "inductor"):
+        self.failure: str | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._number = number(attend)
+        self._attend = attend  # keeps its number
+        local, exchanged = ({option: functools.partial(override, self._number, flag)} for flag in (False, True))
+        forwards: dict[type, Callable] = {}
+        hooks.release_submodules()
+        for spec, blocks in hooks.stacks:
+            for block in blocks:
+                if type(block) not in forwards:
+                    forwards[type(block)] = torch.compile(type(block).forward, fullgraph=True, backend=backend)
+                self._mark(spec, block, exchanged)
+                forward = self._wrap(block, forwards[type(block)], local if spec.exchange else exchanged)
+                self._undo.append(replace(block, "forward", forward))
+
+    def _mark(self, spec: Blocks, block: torch.nn.Module, exchanged: dict[str, Any]) -> None:
+        """Have the submodules whose attention is exchanged use the exchanging operation."""
+        for name in spec.exchange or ():
+            module = attribute(block, name)
+            original = type(module).forward
+
+            def forward(*args, _module=module, _original=original, **kwargs):
+                return _original(_module, *args, **{**kwargs, "transformer_options": exchanged})
+
+            self._undo.append(replace(module, "forward", forward))
+
+    def _wrap(self, block: torch.nn.Module, compiled: Callable, options: dict[str, Any]) -> Callable:
+        def forward(*args, **kwargs):
+            kwargs["transformer_options"] = options
+            if self.failure is None:
+                # one memory layout for all blocks: the first block's tokens may be a transposed view
+                args = tuple(dense(value) for value in args)
+                kwargs = {name: dense(value) for name, value in kwargs.items()}
+                try:
+                    return compiled(block, *args, **kwargs)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    self.failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            return type(block).forward(block, *args, **kwargs)
+
+        return forward
+
+    def remove(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+def dense(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
+
+
+def override(run: int, exchanged: bool, func: Callable, *args, **kwargs) -> torch.Tensor:
+    """The attention override inside compiled blocks."""
+    call = Call.parse(func, args, kwargs)
+    return call.output(
+        torch.ops.paradit.block_attention(call.q, call.k, call.v, call.mask, call.scale, run, exchanged, call.low_precision)
+    )
