@@ -118,7 +118,8 @@ def gather(comm: Comm, out: torch.Tensor, *, rows: Sequence[int], heads: Heads, 
     for ranks, count in _runs(heads.q):
         size = ranks * local * batch * count * dim
         piece = received[start : start + size].view(ranks, local, batch, count, dim)
-        whole[:, :, head : head + ranks * count].unflatten(2, (ranks, count)).copy_(piece.permute(2, 1, 0, 3, 4))
+        into = whole.narrow(2, head, ranks * count).view(batch, local, ranks, count, dim)
+        into.copy_(piece.permute(2, 1, 0, 3, 4))
         start, head = start + size, head + ranks * count
     return whole.transpose(1, 2)
 
@@ -157,7 +158,10 @@ def _pack(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: Heads, *, fu
 def _fill(into: torch.Tensor, tensor: torch.Tensor, head: int, ranks: int, count: int) -> None:
     """Copy ``ranks * count`` heads of ``(B, H, S, D)`` from ``head`` on into ``(ranks, S, B, count, D)``."""
     if into.numel():
-        into.copy_(tensor[:, head : head + ranks * count].unflatten(1, (ranks, count)).permute(1, 3, 0, 2, 4))
+        batch, heads, rows, dim = tensor.shape
+        if ranks * count != heads:
+            tensor = tensor.narrow(1, head, ranks * count)
+        into.copy_(tensor.view(batch, ranks, count, rows, dim).permute(1, 3, 0, 2, 4))
 
 
 def _runs(shares: Sequence[int]) -> Iterator[tuple[int, int]]:
