@@ -50,18 +50,31 @@ class Channel:
         """For ``multiprocessing.connection.wait`` and ``select``."""
         return self._connection.fileno()
 
-    def tell(self, kind: str, payload: Any = None) -> None:
-        """Pass one message. Raises ``Untransportable`` (nothing was passed then) or ``ChannelClosed``."""
+    def waiting(self) -> bool:
+        """Whether there is something to hear, the end included."""
+        try:
+            return self._connection.poll(0)
+        except OSError:
+            return True
+
+    def tell(self, kind: str, payload: Any = None, *, wait: bool = True) -> None:
+        """Pass one message. Raises ``Untransportable`` (nothing was passed then) or ``ChannelClosed``.
+
+        wait: if False, and another thread is in the middle of a message, nothing is passed.
+        """
         header, tensors = encode(payload)
         message = json.dumps({"kind": kind, "payload": header}).encode()
         raw = [as_bytes(tensor).cpu() for tensor in tensors if tensor.numel()]
+        if not self._telling.acquire(blocking=wait):
+            return
         try:
-            with self._telling:
-                self._connection.send_bytes(message)
-                for data in raw:
-                    self._connection.send_bytes(data.numpy().data)
+            self._connection.send_bytes(message)
+            for data in raw:
+                self._connection.send_bytes(data.numpy().data)
         except OSError as error:
             raise ChannelClosed(f"the channel closed while passing {kind!r}") from error
+        finally:
+            self._telling.release()
 
     def hear(self, timeout_s: float | None = None) -> tuple[str, Any]:
         """The next message's kind and payload, its tensors on the CPU.

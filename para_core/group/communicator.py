@@ -33,7 +33,14 @@ _NEVER = timedelta(days=7)
 
 
 class CommunicationFailed(RuntimeError):
-    """A peer died, hung, or aborted, or this rank did: the communicator is of no more use."""
+    """A peer died, hung, or aborted, or this rank did: the communicator is of no more use.
+
+    absent: ranks of the joined communicator that did not come to a meeting.
+    """
+
+    def __init__(self, message: str, absent: Sequence[int] = ()):
+        super().__init__(message)
+        self.absent = tuple(absent)
 
 
 class _Transport(Protocol):
@@ -115,6 +122,10 @@ class Communicator:
         communicator._open("world", join_timeout_s)
         return communicator
 
+    @property
+    def aborted(self) -> bool:
+        return self._life.aborted
+
     def split(self, ranks: Sequence[int]) -> Communicator:
         """The communicator of these ``ranks`` of this one, in that order; this rank must be one of them.
 
@@ -155,8 +166,8 @@ class Communicator:
         while not store.check([f"here{rank}" for rank in range(self.size)]):
             self._life.check()
             if time.monotonic() > deadline:
-                absent = [str(self.ranks[rank]) for rank in range(self.size) if not store.check([f"here{rank}"])]
-                raise CommunicationFailed(f"rank {', '.join(absent)} did not join within {timeout_s:g} s")
+                absent = [self.ranks[rank] for rank in range(self.size) if not store.check([f"here{rank}"])]
+                raise CommunicationFailed(f"rank {', '.join(map(str, absent))} did not join within {timeout_s:g} s", absent)
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
 

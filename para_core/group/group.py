@@ -1,7 +1,10 @@
-"""Rank 0's side of the sidecar group: members, their health, communicators, models, and the steps they share.
+"""Rank 0's side of the sidecar group: members, communicators, models, and the steps they share.
 
 Processes outlive communicators: after a failure the communicator is dropped, the processes that are still well keep
 their weights, and the next run joins them to a new one.
+
+A run lasts from ``form`` to ``end``; within it every worker gives signs of life. The first loss is kept in ``lost``, and
+makes all ranks stop waiting for each other.
 """
 
 from __future__ import annotations
@@ -14,9 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from multiprocessing import Pipe
-from multiprocessing.connection import wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,25 @@ import torch
 
 from ..log import log
 from ..sequence.mesh import Comm, Degrees, Mesh
-from .channel import Channel, ChannelClosed
+from .channel import ChannelClosed
 from .codec import as_bytes, encode, pack
-from .communicator import Communicator, Meshes
-from .pool import Pool, WorkerProcess
+from .communicator import CommunicationFailed, Communicator, Meshes
+from .member import Member, RankLost, one_line
+from .pool import Pool
+from .watch import Watch, next_of
 from .weights import manifest, share
 
-
-class RankLost(RuntimeError):
-    """A rank died, hung or failed while others depended on it; the message carries its last lines."""
+_EXPLAINED = 2.0  # seconds in which the cause of a failed collective reaches the watch thread, if a peer is the cause
 
 
 class GroupError(RuntimeError):
-    """The group could not be formed, or the ranks do not hold the same weights."""
+    """The group could not be formed: a clause that says why."""
 
 
 @dataclass
 class Timeouts:
-    """Seconds. ``heartbeat``: silence of a busy worker after which it counts as hung. ``idle``: without any run, then they leave."""
+    """Seconds. ``heartbeat``: silence of a worker during a run after which it counts as hung. ``idle``: without any run,
+    then the workers leave."""
 
     start: float = 180.0
     join: float = 60.0
@@ -51,30 +53,8 @@ class Timeouts:
     idle: float = 900.0
 
 
-@dataclass(eq=False)
-class Member:
-    """One sidecar. ``models``: what it holds, by model id: the hash of the patches applied there."""
-
-    rank: int
-    device: str
-    process: WorkerProcess
-    channel: Channel | None = None
-    ready: bool = False
-    heard: float = 0.0
-    replies: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-    models: dict[int, str] = field(default_factory=dict)
-
-    def tell(self, kind: str, payload: Any = None) -> None:
-        """Raises RankLost if the worker has gone."""
-        assert self.channel is not None
-        try:
-            self.channel.tell(kind, payload)
-        except ChannelClosed as error:
-            raise RankLost(f"rank {self.rank} has ended") from error
-
-
 class Group:
-    """For one thread at a time (ComfyUI's prompt thread); a thread of its own listens to the members.
+    """For one thread at a time (ComfyUI's prompt thread), but for ``drop``; a thread of its own listens to the members.
 
     script: the file workers run. hello: plain data a new worker is told first, by rank, device and group size.
     ``counts`` says what was done: starts, joins, models and patches sent, steps.
@@ -92,17 +72,21 @@ class Group:
         self._meshes: Meshes | None = None
         self._epochs = itertools.count(1)
         self._epoch = 0
-        self._recent: list[int] = []
         self._running = False
         self._last_use = time.monotonic()
+        self._unwanted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        # Held while members or their models change. The watch thread only ever tries to get it.
         self._lock = threading.RLock()
-        self._woken, self._waker = Pipe(duplex=False)
-        self._watcher: threading.Thread | None = None
+        self._watch = Watch(self)
 
     @property
     def size(self) -> int:
         """Ranks, this one included."""
         return 1 + len(self._members)
+
+    @property
+    def members(self) -> list[Member]:
+        return self._members
 
     @property
     def pids(self) -> list[int]:
@@ -117,76 +101,85 @@ class Group:
             if [member.device for member in self._members] == list(devices) and all(member.process.alive() for member in self._members):
                 return
             self._leave()
-            keep = {member.rank: member for member in self._members if member.rank <= len(devices) and member.process.alive()}
-            keep = {rank: member for rank, member in keep.items() if member.device == devices[rank - 1]}
-            for member in self._members:
-                if member.rank not in keep:
-                    self._end(member)
-            self._members = [keep.get(rank) or self._start(rank, device) for rank, device in enumerate(devices, start=1)]
+            found = {(member.rank, member.device): member for member in self._members if member.process.alive()}
+            kept = [found.get(place) for place in enumerate(devices, start=1)]
+            former, self._members = self._members, [member for member in kept if member is not None]
+            for member in former:
+                if member not in kept:
+                    member.end()
+                    self._pool.end(member.process)
+            self._members = [member or self._start(rank, devices[rank - 1]) for rank, member in enumerate(kept, start=1)]
+            self._watch.wake()
 
     def _start(self, rank: int, device: str) -> Member:
         self.counts["starts"] += 1
         return Member(rank, device, self._pool.start())
 
-    def _end(self, member: Member) -> None:
-        if member.channel is not None:
-            member.channel.close()
-        self._pool.end(member.process)
-
     def form(self, device: torch.device, devices: Sequence[str]) -> None:
-        """Have a worker on each of ``devices``, joined to one communicator with this rank on ``device``.
+        """A run starts: have a worker on each of ``devices``, joined to one communicator with this rank on ``device``.
 
-        Workers that fail to join are replaced, once. Raises GroupError if that does not help.
+        What does not join is replaced, once. Raises GroupError if that does not help.
         """
         with self._lock:
             if device != self._device:
                 self._leave()
             self._device = device
-            self.warm(devices)
             for last in (False, True):
-                if self._comm is not None and self.lost is None:
-                    return
-                self._leave()
                 try:
-                    self._join()
-                except (RankLost, ChannelClosed, RuntimeError) as error:
-                    reason = self.lost or str(error)
-                    self._leave()
-                    if last:
-                        raise GroupError(reason) from error
-                    log.warning("starting again what did not join: %s", reason)
-                    for member in self._members:
-                        if member.replies.empty():
-                            member.process.kill()
                     self.warm(devices)
+                    if self._comm is None or self._comm.aborted or self.lost is not None:
+                        self._leave()
+                        self._join()
+                    else:
+                        self._attend()
+                    return
+                except (RuntimeError, OSError) as error:
+                    self.give_up(str(error))
+                    if last:
+                        raise GroupError(self.lost) from error
+                    log.warning("%s: starting again what did not join", self.lost)
 
     def _join(self) -> None:
-        self.lost = None
+        self._epoch, self.lost = next(self._epochs), None
         for member in self._members:
             if member.channel is None:
                 try:
                     member.channel = member.process.open_channel(self.timeouts.start)
                 except ChannelClosed as error:
-                    raise RankLost(f"rank {member.rank} on {member.device} did not start: {error}\n{member.process.tail()}") from error
+                    self._lose(member, f"did not start: {error}{member.last_line()}", kill=True)
+                    self._check()
                 member.tell("hello", self._hello(member.rank, member.device, self.size))
-        self._watch()
+        self._watch.wake()
         for member in self._members:
             if not member.ready:
                 self._reply(member, "ready", self.timeouts.start)
                 member.ready = True
-        self._epoch = next(self._epochs)
+        self._attend()
         store = str(self._pool.directory / f"store{self._epoch}")
         limits = {"collective": self.timeouts.collective, "join": self.timeouts.join}
         for member in self._members:
             member.replies = queue.SimpleQueue()
             member.tell("join", {"epoch": self._epoch, "store": store, "rank": member.rank, "size": self.size, **limits})
-        self._comm = Communicator.join(
-            store, f"epoch{self._epoch}", 0, self.size, self._device, self.timeouts.collective, self.timeouts.join, self._check
-        )
+        try:
+            self._comm = Communicator.join(
+                store, f"epoch{self._epoch}", 0, self.size, self._device, self.timeouts.collective, self.timeouts.join, self._check
+            )
+        except CommunicationFailed as error:
+            for rank in error.absent:
+                self._lose(self._members[rank - 1], f"did not join within {self.timeouts.join:g} s", kill=True)
+            raise
         self._meshes = Meshes(self._comm)
         for member in self._members:
             self._reply(member, "joined", self.timeouts.join)
         self.counts["joins"] += 1
+
+    def _attend(self) -> None:
+        """From now on silence counts."""
+        for member in self._members:
+            member.heard = time.monotonic()
+            member.tell("attend")
+        self._running = True
+        self._watch.wake()
 
     def _leave(self) -> None:
         """Drop the communicator; workers stay."""
@@ -199,235 +192,199 @@ class Group:
         """End every worker."""
         with self._lock:
             self._leave()
+            self._running = False
             members, self._members = self._members, []
             for member in members:
-                self._end(member)
+                member.end()
             self._pool.stop()
-            self._wake()
 
-    # -- health -------------------------------------------------------------------------------------------------------
+    # -- health: called by the watch thread, see ``Watched`` ----------------------------------------------------------
 
-    def _wake(self) -> None:
-        self._waker.send_bytes(b"w")
+    def silence(self) -> float | None:
+        return self.timeouts.heartbeat if self._running else None
 
-    def _watch(self) -> None:
-        """Have the watch thread look at the present members."""
-        if self._watcher is None:
-            self._watcher = threading.Thread(target=self._listen, name="paradit-watch", daemon=True)
-            self._watcher.start()
-        self._wake()
+    def pause(self) -> float:
+        return min(1.0, self.timeouts.heartbeat / 4) if self._running else max(1.0, self.timeouts.idle / 10)
 
-    def _listen(self) -> None:
-        while True:
-            members = self._listening()
-            limit = self.timeouts
-            quiet = min(1.0, limit.heartbeat / 4) if self._running else max(1.0, limit.idle / 10)
-            try:
-                ready = wait([self._woken, *members], timeout=quiet if members else None)
-            except OSError:  # a channel was closed meanwhile
-                continue
-            for item in ready:
-                if item is self._woken:
-                    self._woken.recv_bytes()
-                elif isinstance(item, int):
-                    self._hear(members[item])
-            now = time.monotonic()
-            if self._running:
-                for member in members.values():
-                    if now - member.heard > limit.heartbeat:
-                        self._lose(member, f"gave no sign of life for {limit.heartbeat:g} s", kill=True)
-            elif members and now - self._last_use > limit.idle and self._lock.acquire(blocking=False):
-                try:
-                    log.info("no prompt for %g s: the workers leave", limit.idle)
-                    self.close()
-                finally:
-                    self._lock.release()
-
-    def _listening(self) -> dict[int, Member]:
-        """Members with an open channel, by its file descriptor."""
-        members = {}
-        for member in list(self._members):
-            if member.channel is not None and not member.channel.closed:
-                try:
-                    members[member.channel.fileno()] = member
-                except OSError:  # closed between the two lines
-                    continue
-        return members
-
-    def _hear(self, member: Member) -> None:
-        assert member.channel is not None
-        try:
-            kind, payload = member.channel.hear()
-        except ChannelClosed:
-            self._lose(member, "ended", kill=True)
-            return
-        member.heard = time.monotonic()
-        if kind == "failed":
-            member.ready = True
-            if payload["epoch"] == self._epoch:
-                self._lose(member, f"failed: {payload['message']}", kill=False)
-        elif kind != "beat":
+    def hear(self, member: Member, kind: str, payload: Any) -> None:
+        if kind != "failed":
             member.replies.put((kind, payload))
+        elif payload["epoch"] == self._epoch:
+            if payload["peer"] and self._comm is not None:
+                self._abort()  # whose fault it was is heard from another member, or not at all
+            else:
+                self._lose(member, f"failed: {payload['message']}", kill=False)
+
+    def lose(self, member: Member, what: str) -> None:
+        self._lose(member, what, kill=True)
+
+    def tend(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            return  # whoever has it does the same, or the next look does
+        try:
+            self._drop_unwanted()
+            if self._members and not self._running and time.monotonic() - self._last_use > self.timeouts.idle:
+                log.info("no prompt for %g s: the workers leave", self.timeouts.idle)
+                self.close()
+        finally:
+            self._lock.release()
+
+    # -- losses -------------------------------------------------------------------------------------------------------
 
     def _lose(self, member: Member, what: str, *, kill: bool) -> None:
-        """Note the first loss, and have everyone stop waiting."""
-        if kill:
-            if member.channel is not None:
-                member.channel.close()
-            member.process.kill()
+        """Keep the first loss, and have everyone stop waiting. A member that is well, its failure apart, is not killed."""
+        if kill and member.channel is not None:
+            member.channel.close()  # frees a thread that talks to it
         if self.lost is None and member in self._members:
-            tail = member.process.tail(5)
-            self.lost = f"rank {member.rank} on {member.device} {what}" + (f"\n{tail}" if tail else "")
+            self.lost = f"{member} {what}"
+            if self._running:
+                log.warning("%s. The last it printed:\n%s", self.lost, member.process.tail())
             self._abort()
+        if kill:
+            member.process.kill()
 
     def _abort(self) -> None:
         if self._comm is not None:
             self._comm.abort()
         for member in self._members:
-            if member.channel is not None and not member.channel.closed:
-                try:
-                    member.channel.tell("abort", self._epoch)
-                except ChannelClosed:
-                    continue
+            if member.reachable:
+                member.urge("abort", self._epoch)
 
     def _check(self) -> None:
         if self.lost is not None:
             raise RankLost(self.lost)
 
     def _reply(self, member: Member, kind: str, timeout: float) -> Any:
-        """The payload of the member's next answer, which must be of ``kind``. Raises RankLost."""
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                found, payload = member.replies.get(timeout=0.05)
-            except queue.Empty:
-                self._check()
-                if time.monotonic() > deadline:
-                    raise RankLost(f"rank {member.rank} on {member.device} did not answer within {timeout:g} s\n{member.process.tail(5)}") from None
-                continue
-            if found == kind:
-                return payload
+        """The payload of the member's next answer of ``kind``. Raises RankLost."""
+        try:
+            return next_of(member, kind, timeout, self._check)
+        except TimeoutError:
+            self._lose(member, f"did not answer within {timeout:g} s{member.last_line()}", kill=True)
+            raise RankLost(self.lost) from None
+
+    def give_up(self, reason: str) -> None:
+        """No more steps with this communicator: members that wait for this rank are told."""
+        self.lost = self.lost or reason
+        self._abort()
+        self.end()
+
+    @contextmanager
+    def _shared(self) -> Iterator[None]:
+        """Around what other ranks wait in: any error gives the communicator up. RuntimeErrors become RankLost, this rank's
+        own too, because what failed when shared may work alone."""
+        try:
+            self._check()
+            yield
+            self._check()
+        except RuntimeError as error:
+            deadline = time.monotonic() + (_EXPLAINED if isinstance(error, CommunicationFailed) else 0.0)
+            while self.lost is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if isinstance(error, CommunicationFailed):
+                self.give_up(f"the ranks lost touch: {error}")
+            else:
+                self.give_up(str(error) if isinstance(error, RankLost) else f"rank 0 failed: {one_line(error)}")
+            raise RankLost(self.lost) from error
+        except BaseException as error:
+            self.give_up(f"rank 0 stopped: {type(error).__name__}")
+            raise
 
     # -- models -------------------------------------------------------------------------------------------------------
 
     def load(self, model: int, recipe: Mapping[str, Any], tensors: Callable[[], Mapping[str, torch.Tensor]], patches: list) -> None:
         """Have every rank hold ``model`` with ``patches`` applied; sends only what is missing.
 
-        tensors: called if weights must travel. Raises RankLost, GroupError where fingerprints differ.
+        tensors: called if weights must travel. Raises RankLost, also where fingerprints differ.
         """
-        self._recent = [known for known in self._recent if known != model] + [model]
-        if any(model not in member.models for member in self._members):
-            self._share(model, recipe, tensors())
         header, contents = encode(patches)
         digest = content_hash(header, contents)
-        missing = [member for member in self._members if member.models[model] != digest]
-        for member in missing:
-            member.tell("patches", {"id": model, "patches": patches, "hash": digest})
-        for member in missing:
-            member.models[model] = self._reply(member, "patched", self.timeouts.load)
-            self.counts["patches"] += 1
+        with self._lock:
+            self._drop_unwanted()
+            weights = tensors() if any(model not in member.models for member in self._members) else None
+            with self._shared():
+                if weights is not None:
+                    self._share(model, recipe, weights)
+                missing = [member for member in self._members if member.models[model] != digest]
+                for member in missing:
+                    member.tell("patches", {"id": model, "patches": patches, "hash": digest})
+                for member in missing:
+                    member.models[model] = self._reply(member, "patched", self.timeouts.load)
+                    self.counts["patches"] += 1
 
     def _share(self, model: int, recipe: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         order = {"id": model, "recipe": dict(recipe), "manifest": manifest(tensors)}
         for member in self._members:
             member.tell("model", order)
-        sent = share(tensors, self._joined(), self._device)
+        assert self._comm is not None
+        sent = share(tensors, self._comm, self._device)
         for member in self._members:
             if self._reply(member, "loaded", self.timeouts.load) != sent:
-                member.process.kill()
-                raise GroupError(f"rank {member.rank} received other weights than were sent")
+                self._lose(member, "received other weights than were sent", kill=True)
+                self._check()
             member.models.setdefault(model, content_hash(*encode([])))
         self.counts["models"] += 1
 
     def drop(self, model: int) -> None:
-        """Free a model everywhere."""
-        self._recent = [known for known in self._recent if known != model]
-        for member in self._members:
-            if member.models.pop(model, None) is not None and member.channel is not None and not member.channel.closed:
-                try:
-                    member.tell("drop", model)
-                except RankLost:
-                    continue
+        """Free a model everywhere, soon. For any thread and for finalizers: it takes no lock."""
+        self._unwanted.put(model)
+        self._watch.wake()
+
+    def _drop_unwanted(self) -> None:
+        while not self._unwanted.empty():
+            model = self._unwanted.get()
+            for member in self._members:
+                if member.models.pop(model, None) is not None and member.reachable:
+                    try:
+                        member.tell("drop", model)
+                    except RankLost:
+                        continue
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 
-    def _joined(self) -> Communicator:
-        self._check()
-        if self._comm is None:
-            raise RankLost("the group has no communicator")
-        return self._comm
-
     def begin(self, **run: Any) -> None:
-        """A sampling run starts; ``run`` is told to every worker. Raises RankLost."""
-        self._joined()
-        for member in self._members:
-            member.heard = time.monotonic()
-            member.tell("begin", run)
-        self._running = True
-        self._wake()
+        """Sampling starts; ``run`` is told to every worker. Raises RankLost."""
+        with self._shared():
+            for member in self._members:
+                member.tell("begin", run)
 
     @contextmanager
     def step(self, order: Mapping[str, Any]) -> Iterator[tuple[Mesh, Comm]]:
         """Send ``order`` (see ``Worker.on_step``) and yield this rank's mesh and the communicator of all its ranks.
 
-        The body is this rank's share. RuntimeErrors of a body whose group was lost become RankLost; after any other error
-        the group is given up, because its ranks would wait for this one.
+        The body is this rank's share. Its RuntimeErrors become RankLost; after any other error the group is given up too,
+        because its ranks would wait for this one. Raises Untransportable before anything is sent.
         """
-        try:
-            comm = self._joined()
-            header, tensors = encode(dict(order))
+        header, tensors = encode(dict(order))
+        with self._shared():
+            assert self._comm is not None and self._meshes is not None
             buffer, layout = pack(tensors, self._device)
             for member in self._members:
                 member.tell("step", {"order": header, "layout": layout})
-            comm.broadcast(buffer)
+            self._comm.broadcast(buffer)
             degrees = Degrees(*order["degrees"])
-            assert self._meshes is not None
             mesh = self._meshes.mesh(degrees)
             assert mesh is not None, "rank 0 is in every mesh"
-            yield mesh, comm.split(range(degrees.world))
-            comm.settle()
-            self._check()
-            self.counts["steps"] += 1
-        except RankLost:
-            self.give_up("a step was not finished")
-            raise
-        except RuntimeError as error:
-            self._explain()
-            self.give_up(f"rank 0 failed: {error}")
-            if self.lost != f"rank 0 failed: {error}":
-                raise RankLost(self.lost) from error
-            raise
-        except BaseException as error:
-            self.give_up(f"rank 0 stopped: {type(error).__name__}")
-            raise
+            yield mesh, self._comm.split(range(degrees.world))
+            self._comm.settle()
+        self.counts["steps"] += 1
 
     def collect(self, source: int, result: torch.Tensor) -> torch.Tensor:
         """Fill ``result`` with what rank ``source`` computed."""
-        self._joined().shift(result.new_empty(0), source, result, source)()
+        assert self._comm is not None
+        self._comm.shift(result.new_empty(0), source, result, source)()
         return result
 
-    def _explain(self) -> None:
-        """A collective failed here: the watch thread hears why in a moment, if a peer is the cause."""
-        deadline = time.monotonic() + 2.0
-        while self.lost is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    def give_up(self, reason: str) -> None:
-        """No more steps with this communicator; members that wait for this rank are told."""
-        if self.lost is None:
-            self.lost = reason
-        self._abort()
-        self._running = False
-
     def end(self) -> None:
-        """The run is over."""
+        """The run is over: workers rest."""
         self._running = False
         self._last_use = time.monotonic()
         for member in self._members:
-            try:
-                member.tell("end")
-            except RankLost:
-                continue
+            if member.reachable:
+                try:
+                    member.tell("end")
+                except RankLost:
+                    continue
+        self._watch.wake()
 
 
 def content_hash(header: str, tensors: Sequence[torch.Tensor]) -> str:

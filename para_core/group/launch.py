@@ -1,7 +1,6 @@
-"""What a worker process runs, and how it notices that ComfyUI has gone.
+"""How a worker process notices that ComfyUI has gone.
 
-Run as a script, with the path of the worker's socket as its only argument. This file needs the standard library alone, so
-that a parent's death is noticed while torch is still being imported.
+This file needs the standard library alone, so that a parent's death is noticed while torch is still being imported.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 from pathlib import Path
@@ -62,25 +60,3 @@ def _vanish(directory: Path) -> None:
         if not directory.exists():
             break
     os._exit(0)
-
-
-def main(socket_path: str) -> None:
-    """Make ``para_core`` importable under its own name, then run the worker."""
-    here = Path(__file__).resolve()
-    # Python puts a script's folder first, where our modules would hide others'. The pack goes last: it has a `nodes` folder,
-    # and `import nodes` must find ComfyUI's.
-    sys.path[:] = [entry for entry in sys.path if entry != str(here.parent)]
-    sys.path.append(str(here.parents[2]))
-    try:
-        parent = parent_of(socket_path)
-    except OSError:
-        return
-    watch_parent(parent, Path(socket_path).parent)
-
-    from para_core.group.worker import main as work
-
-    work(socket_path)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

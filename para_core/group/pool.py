@@ -22,8 +22,6 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext
 from .channel import Channel, call
 from .launch import key_file
 
-LAUNCH = Path(__file__).with_name("launch.py")
-
 # Seconds until a killed process must be gone. One in an uninterruptible driver call can take longer; it is left then.
 _KILLED = 10
 
@@ -84,13 +82,13 @@ class WorkerProcess:
 class Pool:
     """The processes beside ComfyUI's own, and the directory (mode 0700) of their sockets, stores and logs.
 
-    environment: variables for the workers, beside those of this process. Stopped at the interpreter's exit; if this process
-    is killed instead, the workers remove the directory.
+    script: what they run, with the path of their socket as the only argument. environment: variables for them, beside those
+    of this process. Stopped at the interpreter's exit; if this process is killed instead, the workers remove the directory.
     """
 
-    def __init__(self, script: Path | None = None, environment: Mapping[str, str] | None = None):
+    def __init__(self, script: Path, environment: Mapping[str, str] | None = None):
         self.workers: list[WorkerProcess] = []
-        self._script = script or LAUNCH
+        self._script = script
         # Unbuffered: the last lines before a crash are the ones to show.
         self._environment = {"PYTHONUNBUFFERED": "1", **(environment or {})}
         self._directory: Path | None = None

@@ -70,7 +70,7 @@ class Worker:
                 continue
             except ChannelClosed:
                 self._leave()
-            except Exception as error:  # the process boundary: whatever went wrong is rank 0's to judge
+            except Exception as error:  # noqa: BLE001  the process boundary: whatever went wrong is rank 0's to judge
                 self._failed(error)
             if not self._usable():  # here the error's frames, and the tensors in them, have gone
                 self._leave()

@@ -173,40 +173,38 @@ def test_a_pool_that_nobody_stopped_is_gone_with_the_interpreter() -> None:
     assert gone(int(pid)) and not Path(directory).exists()
 
 
-# -- the launcher -----------------------------------------------------------------------------------------------------
+# -- what a sidecar runs ----------------------------------------------------------------------------------------------
 
-WORKER = """
-import os
+SERVE = """
 import sys
 import nodes
 import para_core
-from .channel import answer
-from .launch import leave
 
-def main(socket_path):
-    channel = answer(socket_path)
+def serve(channel, hello, leave):
     channel.tell("seen", {"nodes": nodes.__file__, "para_core": para_core.__file__, "name": __name__, "path": sys.path})
     channel.hear()
 """
 
 
-def test_the_launcher_imports_the_library_under_its_own_name_and_hides_no_module_of_comfyui(tmp_path: Path) -> None:
+def test_a_sidecar_imports_the_library_under_its_own_name_and_hides_no_module_of_comfyui(tmp_path: Path) -> None:
     pack = tmp_path / "custom_nodes" / "any-name.1"
     shutil.copytree(Path(ROOT) / "para_core", pack / "para_core", ignore=shutil.ignore_patterns("__pycache__"))
-    (pack / "para_core" / "group" / "worker.py").write_text(WORKER)
+    (pack / "para_core" / "comfy" / "worker.py").write_text(SERVE)
+    (pack / "para_core" / "comfy" / "flags.py").write_text("def adopt(flags): assert flags == {'cpu': True}")
     (pack / "nodes").mkdir()
     (pack / "nodes" / "__init__.py").touch()
     comfyui = tmp_path / "ComfyUI"
     comfyui.mkdir()
     (comfyui / "nodes.py").touch()
-    pool = Pool(pack / "para_core" / "group" / "launch.py", {"PYTHONPATH": str(comfyui)})
+    pool = Pool(pack / "para_core" / "sidecar.py")
     try:
         worker = pool.start()
         channel = worker.open_channel(START_S)
+        channel.tell("hello", {"root": str(comfyui), "flags": {"cpu": True}})
         kind, seen = channel.hear(10)
     finally:
         pool.stop()
     assert kind == "seen"
     assert seen["nodes"] == str(comfyui / "nodes.py")
-    assert seen["para_core"] == str(pack / "para_core" / "__init__.py") and seen["name"] == "para_core.group.worker"
-    assert seen["path"][-1] == str(pack) and str(pack / "para_core" / "group") not in seen["path"]
+    assert seen["para_core"] == str(pack / "para_core" / "__init__.py") and seen["name"] == "para_core.comfy.worker"
+    assert seen["path"][-1] == str(pack) and str(pack / "para_core") not in seen["path"]

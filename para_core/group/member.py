@@ -1,0 +1,91 @@
+"""Rank 0's view of one worker: how to reach it, what it holds, and what became of it."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from .channel import Channel, ChannelClosed
+from .pool import WorkerProcess
+
+_REAPED = 1.0  # seconds between a process's last words on its channel and its exit code
+_LONGEST = 240  # characters of a worker's line or error that a sentence may quote
+
+
+class RankLost(RuntimeError):
+    """A rank died, hung or failed while others depended on it: a clause that says which, how, and its last line."""
+
+
+@dataclass(eq=False)
+class Member:
+    """One sidecar. ``ready``: it has imported what it needs. ``heard``: when it last said something, by the monotonic clock.
+
+    ``models``: what it holds, by model id: the hash of the patches applied there.
+    """
+
+    rank: int
+    device: str
+    process: WorkerProcess
+    channel: Channel | None = None
+    ready: bool = False
+    heard: float = 0.0
+    replies: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    models: dict[int, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.device}"
+
+    @property
+    def reachable(self) -> bool:
+        return self.channel is not None and not self.channel.closed
+
+    def waiting(self) -> bool:
+        """Whether it has said something that nobody has heard yet, or its channel has closed."""
+        return self.channel is None or self.channel.waiting()
+
+    def tell(self, kind: str, payload: Any = None) -> None:
+        """Raises RankLost if the worker has gone."""
+        assert self.channel is not None
+        try:
+            self.channel.tell(kind, payload)
+        except ChannelClosed as error:
+            raise RankLost(f"{self} has gone") from error
+
+    def urge(self, kind: str, payload: Any) -> None:
+        """``tell`` for the watch thread: a worker that has gone, or to which another thread is talking, is left alone."""
+        if self.channel is not None:
+            try:
+                self.channel.tell(kind, payload, wait=False)
+            except ChannelClosed:
+                return
+
+    def end(self) -> None:
+        """At once, whatever it does. Threads that talk to it are let go first."""
+        if self.channel is not None:
+            self.channel.close()
+        self.process.kill()
+
+    def fate(self) -> str:
+        """How a worker ended that has closed its channel, with its last line."""
+        deadline = time.monotonic() + _REAPED
+        while (code := self.process.exit_code()) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if code is None:
+            return f"closed its channel{self.last_line()}"
+        if code < 0:
+            return f"was ended by {signal.Signals(-code).name}{self.last_line()}"
+        return f"ended by itself with code {code}{self.last_line()}"
+
+    def last_line(self) -> str:
+        """The last line it printed, as the end of a clause."""
+        line = self.process.tail(1).strip()
+        return f' (its last line: "{line[:_LONGEST]}")' if line else ""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's type and what it says first."""
+    said = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said[:_LONGEST]}" if said else type(error).__name__
