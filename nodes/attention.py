@@ -26,7 +26,7 @@ class ParaAttention(io.ComfyNode):
                     "backend",
                     options=list(SETTINGS),
                     default="auto",
-                    tooltip="auto = the fastest; exact = the fastest that does not quantise. What is missing is named with its install command.",
+                    tooltip="auto = the fastest; exact = the fastest that does not quantise. What is missing is named.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with this attention kernel.")],

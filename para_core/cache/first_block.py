@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -65,6 +66,13 @@ class Entry:
     rest: History
 
 
+class Tap(Protocol):
+    """Someone who records a forward in three parts (a graph capture) and will call ``observe`` and ``finish`` later."""
+
+    def after_first(self, before: torch.Tensor, after: torch.Tensor) -> None: ...
+    def after_last(self, stream: torch.Tensor) -> None: ...
+
+
 class FirstBlockCache:
     """Per process and sampling run. ``comm``: every rank of the step; one of them alone needs no collective.
 
@@ -75,6 +83,7 @@ class FirstBlockCache:
         self.hooks = hooks
         self.step: Step | None = None
         self.comm: Comm | None = None
+        self.tap: Tap | None = None
         self.hit = False
         self.changes: tuple[float, ...] = ()
         self._entries: dict[Hashable, Entry] = {}
@@ -117,29 +126,47 @@ class FirstBlockCache:
             before = Arguments(names, args, kwargs).get(argument).clone()  # the block may write into it
             output = original(*args, **kwargs)
             after = self._stream(spec, output, running.cut)
-            residual = after - before
-            self._first = after.clone()
-            self.hit = self._decide(step, residual)
-            if not self.hit:
-                for chunk in step.chunks:
-                    self._entry(chunk.key, step.order).first = residual[chunk.start : chunk.stop]
+            if self.tap is not None:
+                self.tap.after_first(before, after)
+            else:
+                self.observe(step, before, after)
             return output
 
         return forward
+
+    def observe(self, step: Step, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Compare what the first block added, and decide. Stream rows (B, S_local, C) before and after the block."""
+        residual = after - before
+        self._first = after.clone()
+        self.hit = self._decide(step, residual)
+        if not self.hit:
+            for chunk in step.chunks:
+                self._entry(chunk.key, step.order).first = residual[chunk.start : chunk.stop]
+
+    def finish(self, step: Step, stream: torch.Tensor) -> None:
+        """At the last block's output: predict the stream in place on a hit, remember what the rest added otherwise."""
+        first, self._first = self._first, None
+        if first is None:
+            return
+        if self.hit:
+            for chunk in step.chunks:
+                first[chunk.start : chunk.stop] += self._entries[chunk.key].rest.predict(step.sigma)
+            stream.copy_(first)
+            return
+        rest = stream - first
+        for chunk in step.chunks:
+            self._entry(chunk.key, step.order).rest.add(step.sigma, rest[chunk.start : chunk.stop])
 
     def _later_block(self, spec: Blocks, original: Callable, names: list[str], last: bool) -> Callable:
         def forward(*args, **kwargs):
             step, running = self.step, self.hooks.forward
             if step is None or running is None:
                 return original(*args, **kwargs)
-            if self.hit:
-                return self._skip(spec, Arguments(names, args, kwargs), step, running.cut if last else None)
-            output = original(*args, **kwargs)
-            if last and self._first is not None:
-                rest = self._stream(spec, output, running.cut) - self._first
-                for chunk in step.chunks:
-                    self._entry(chunk.key, step.order).rest.add(step.sigma, rest[chunk.start : chunk.stop])
-                self._first = None
+            output = self._hand_on(spec, Arguments(names, args, kwargs)) if self.hit else original(*args, **kwargs)
+            if last and self.tap is not None:
+                self.tap.after_last(self._stream(spec, output, running.cut))
+            elif last:
+                self.finish(step, self._stream(spec, output, running.cut))
             return output
 
         return forward
@@ -176,14 +203,9 @@ class FirstBlockCache:
         self.changes = tuple(found)
         return bool(hit)
 
-    def _skip(self, spec: Blocks, block: Arguments, step: Step, cut: Cut | None):
-        """Hand the tokens on; the last block (the one given a ``cut``) returns the predicted stream."""
+    @staticmethod
+    def _hand_on(spec: Blocks, block: Arguments):
+        """A skipped block's output: its own tokens."""
         held = {segments: block.get(name) for name, segments in spec.tokens.items()}
         outputs = [held[segments] for segments in spec.returns]
-        output = outputs[0] if len(outputs) == 1 else tuple(outputs)
-        if cut is not None and self._first is not None:
-            for chunk in step.chunks:
-                self._first[chunk.start : chunk.stop] += self._entries[chunk.key].rest.predict(step.sigma)
-            self._stream(spec, output, cut).copy_(self._first)
-            self._first = None
-        return output
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -17,7 +17,7 @@ from ..attention.choice import Chooser
 from ..cache.first_block import Step, chunks
 from ..cache.predictor import ORDERS
 from ..cache.rule import Decisions, Window
-from ..execution.runner import AttentionOverride, Runner
+from ..execution.runner import AttentionOverride, KernelBroken, Runner
 from ..group.codec import Untransportable
 from ..group.member import RankLost
 from ..log import log
@@ -137,7 +137,7 @@ class Session:
 
     def graph(self) -> bool:
         """Whether this run's forwards are captured as CUDA graphs; what stands against it is said."""
-        if self.compiling is None or not self.compiling.graph or self.decisions is not None:
+        if self.compiling is None or not self.compiling.graph:
             return False
         if self.patcher.load_device.type != "cuda" or self.runner is None or self.runner.hooks.plan.options is None:
             return False
@@ -189,11 +189,11 @@ class Session:
                     return self.split.step(model_calls)
                 except RankLost as lost:
                     reason = f"The rest of this run is computed on one GPU, because {lost}; the next prompt uses the whole group again."
-                except (Obstacle, Untransportable) as error:
+                except (KernelBroken, Obstacle, Untransportable) as error:
                     reason = f"The rest of this run is computed on one GPU: {error}."
                 # out here, the failed step's frames no longer hold its memory
                 self.give_up(reason, model_calls)
-            return [self.alone(call) for call in model_calls]
+            return [self.sound(call) for call in model_calls]
         finally:
             self.seconds += time.perf_counter() - started
 
@@ -203,9 +203,7 @@ class Session:
         self.notes.say(reason)
         self.split.stop()
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if self.decisions is not None and self.runner.cache is not None:
-            self.decisions.forget()
-            self.runner.cache.forget()
+        self.forget()
         needed = max(self.patcher.model.memory_required(list(call.x.shape)) for call in model_calls)
         loaded = [
             model
@@ -214,18 +212,30 @@ class Session:
         ]
         comfy.model_management.free_memory(needed, self.patcher.load_device, keep_loaded=loaded)
 
+    def forget(self) -> None:
+        """The cache starts cold."""
+        if self.decisions is not None and self.runner is not None and self.runner.cache is not None:
+            self.decisions.forget()
+            self.runner.cache.forget()
+
+    def sound(self, call: ModelCall) -> Any:
+        """``alone``, and once more if an attention kernel broke and was replaced."""
+        try:
+            return self.alone(call)
+        except KernelBroken:
+            self.forget()
+            return self.alone(call)
+
     def alone(self, call: ModelCall) -> Any:
         """One call on this rank, through the cache if there is one."""
         self.forwards += 1
         assert self.runner is not None
         if self.decisions is None:
-            if self.runner.compiled is None and not self.graph():
-                return self.original(*call.call.args, **call.call.kwargs)
-            args, kwargs = call.call.args, call.call.kwargs
-            return self.runner.run(self.original, self.names, args, kwargs, mesh=SOLO_MESH, graph=self.graph())
+            return self.runner.run(self.original, self.names, call.call.args, call.call.kwargs, mesh=SOLO_MESH, graph=self.graph())
         shapes = {key: call.shape() for key in call.keys}
         step = self.cache_step(shapes, call.sigma, chunks(call.keys, call.rows // call.chunks, 0, call.rows))
-        result = self.runner.run(self.original, self.names, call.call.args, call.call.kwargs, mesh=SOLO_MESH, step=step)
+        args, kwargs = call.call.args, call.call.kwargs
+        result = self.runner.run(self.original, self.names, args, kwargs, mesh=SOLO_MESH, step=step, graph=self.graph())
         self.record(shapes, call.sigma)
         return result
 

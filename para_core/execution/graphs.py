@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..cache.first_block import FirstBlockCache
 from ..log import log
 
 LIMIT = 4  # captures alive at once; each holds the activations of its shape
@@ -24,9 +25,56 @@ Forward = Callable[..., torch.Tensor | None]
 
 @dataclass
 class Capture:
-    graph: torch.cuda.CUDAGraph
+    """A captured forward: its parts in order, the tensors to fill before a replay, and the one to read after it.
+
+    With a cache there are three parts (to the first block's output, the rest of the stack, what follows) and ``taps``:
+    the stream before and after the first block and at the last block's output.
+    """
+
+    parts: list[torch.cuda.CUDAGraph]
     inputs: list[torch.Tensor]
-    output: torch.Tensor | None
+    taps: list[torch.Tensor]
+    output: torch.Tensor | None = None
+
+    def replay(self, cache: FirstBlockCache | None) -> None:
+        if cache is None or cache.step is None:
+            for part in self.parts:
+                part.replay()
+            return
+        first, rest, after = self.parts
+        first.replay()
+        cache.observe(cache.step, *self.taps[:2])
+        if not cache.hit:
+            rest.replay()
+        cache.finish(cache.step, self.taps[2])
+        after.replay()
+
+
+class Recorder:
+    """Captures a forward, beginning a new part at each tap of the cache."""
+
+    def __init__(self, pool: Any):
+        self.parts: list[torch.cuda.CUDAGraph] = []
+        self.taps: list[torch.Tensor] = []
+        self._pool = pool
+
+    def begin(self) -> None:
+        self.parts.append(torch.cuda.CUDAGraph())
+        # other threads (watchdogs, previews) may use CUDA meanwhile: only this thread is held to the rules of a capture
+        self.parts[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> None:
+        self.parts[-1].capture_end()
+
+    def after_first(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        self.taps += [before, after]
+        self.end()
+        self.begin()
+
+    def after_last(self, stream: torch.Tensor) -> None:
+        self.taps.append(stream)
+        self.end()
+        self.begin()
 
 
 class Graphs:
@@ -44,21 +92,23 @@ class Graphs:
         self._seen: dict[Hashable, int] = {}
         self._pool: Any = None
 
-    def run(self, call: Forward, args: tuple, kwargs: dict[str, Any], *context: Hashable) -> torch.Tensor | None:
-        """``call(*args, **kwargs)``, by replay where a call like this one has been captured."""
+    def run(
+        self, call: Forward, args: tuple, kwargs: dict[str, Any], *context: Hashable, cache: FirstBlockCache | None = None
+    ) -> torch.Tensor | None:
+        """``call(*args, **kwargs)``, by replay where a call like this one has been captured; a hit of ``cache`` skips a part."""
         leaves, tree = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if self.failure is not None or not all(tensor.is_cuda for tensor in tensors):
             return call(*args, **kwargs)
         rest = tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-        key = (str(tree), rest, context)
+        key = (str(tree), rest, context, cache is None)
         capture = self.captures.get(key)
         if capture is None:
             self._seen[key] = self._seen.get(key, 0) + 1
             if self._seen[key] <= WARM:
                 return call(*args, **kwargs)
             try:
-                capture = self._capture(key, call, leaves, tree)
+                capture = self._capture(key, call, leaves, tree, cache)
             except RuntimeError as error:
                 self.failure = str(error).splitlines()[0]
                 log.warning("this run goes on without CUDA graphs: %s", self.failure)
@@ -67,22 +117,34 @@ class Graphs:
         self.captures.move_to_end(key)
         for static, tensor in zip(capture.inputs, tensors, strict=True):
             static.copy_(tensor)
-        capture.graph.replay()
+        capture.replay(cache)
         self.replays += 1
         return None if capture.output is None else capture.output.clone()
 
-    def _capture(self, key: Hashable, call: Forward, leaves: list[Any], tree: Any) -> Capture:
+    def _capture(self, key: Hashable, call: Forward, leaves: list[Any], tree: Any, cache: FirstBlockCache | None) -> Capture:
         while len(self.captures) >= LIMIT:
             self.captures.popitem(last=False)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(leaves, tree)
-        graph = torch.cuda.CUDAGraph()
-        # other threads (watchdogs, previews) may use CUDA meanwhile: only this thread is held to the rules of a capture
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = call(*args, **kwargs)
-        self.captures[key] = Capture(graph, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], output)
+        recorder = Recorder(self._pool)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            recorder.begin()
+            try:
+                if cache is not None:
+                    cache.tap = recorder
+                output = call(*args, **kwargs)
+            finally:
+                if cache is not None:
+                    cache.tap = None
+                recorder.end()
+        torch.cuda.current_stream().wait_stream(stream)
+        inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.captures[key] = Capture(recorder.parts, inputs, recorder.taps, output)
         return self.captures[key]
 
     def drop(self) -> None:

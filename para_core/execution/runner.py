@@ -75,6 +75,10 @@ class AttentionOverride:
         return self._exchanges[key]
 
 
+class KernelBroken(RuntimeError):
+    """The forward must be computed again; the chooser has put another kernel in place."""
+
+
 class Runner:
     """Hooks, attention override, cache and execution of one model for one sampling run.
 
@@ -115,6 +119,7 @@ class Runner:
 
         names: positional parameters of ``call``. step: what the cache shall do; comm: every rank that shares the step.
         graph: replay a CUDA graph where there is one for this shape, and capture one where there is none.
+        Raises KernelBroken where the result cannot be used.
         """
         arguments = Arguments(names, args, dict(kwargs))
         control = arguments.get("control") if self.hooks.plan.control else None
@@ -133,9 +138,13 @@ class Runner:
 
         if self.cache is not None:
             self.cache.begin(step, comm)
-        if graph and step is None and self.hooks.plan.options is not None and not isinstance(control, dict):
+        if graph and self.hooks.plan.options is not None and not isinstance(control, dict):
             options = arguments.get("transformer_options") or {}
             kept = (*self.hooks.plan.options, OVERRIDE)
             arguments.put("transformer_options", {name: value for name, value in options.items() if name in kept})
-            return self.graphs.run(forward, tuple(arguments.args), arguments.kwargs, id(mesh))
-        return forward(*arguments.args, **arguments.kwargs)
+            result = self.graphs.run(forward, tuple(arguments.args), arguments.kwargs, id(mesh), cache=self.cache if step else None)
+        else:
+            result = forward(*arguments.args, **arguments.kwargs)
+        if not self.override.chooser.end_forward():
+            raise KernelBroken("an attention kernel gave NaN or infinity")
+        return result

@@ -59,7 +59,8 @@ def main() -> None:
     if options.what in (None, "overhead"):
         tables["overhead"] = overhead.measure(quick=options.quick)
     if options.what in (None, "steps"):
-        tables["steps"] = steps.measure(*(listed.split(",") for listed in (options.models, options.backends, options.modes)), quick=options.quick)
+        lists = (text.split(",") for text in (options.models, options.backends, options.modes))
+        tables["steps"] = steps.measure(*lists, quick=options.quick)
     options.out.mkdir(parents=True, exist_ok=True)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     path = options.out / f"{date.today().isoformat()}-{kind}-{options.what or 'all'}.json"
