@@ -1,0 +1,68 @@
+"""What gloo and NCCL have in common: how they are called, how they fail, and how a wait for them ends."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+LOOK = 0.1  # seconds between looks at ``Life.check`` while a collective is pending
+
+
+class CommunicationFailed(RuntimeError):
+    """A peer died, hung, or aborted, or this rank did: the communicator is of no more use.
+
+    absent: ranks of the joined communicator that did not come to a meeting.
+    """
+
+    def __init__(self, message: str, absent: Sequence[int] = ()):
+        super().__init__(message)
+        self.absent = tuple(absent)
+
+
+class Transport(Protocol):
+    """Collectives of one group of ranks. ``start_*`` return what ``finish`` waits for.
+
+    Tensors are flat uint8 except for ``start_all_reduce``. Failures raise ``CommunicationFailed``, from ``check`` those that
+    were noticed meanwhile. ``abort`` is for any thread and may be called again.
+    """
+
+    def start_all_to_all(self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]) -> Any: ...
+    def start_all_reduce(self, tensor: torch.Tensor) -> Any: ...
+    def start_broadcast(self, tensor: torch.Tensor, root: int) -> Any: ...
+    def start_shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Any: ...
+    def finish(self, work: Any) -> None: ...
+    def check(self) -> None: ...
+    def abort(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Life:
+    """What a communicator and its subgroups share: whether it was aborted, what to look at while waiting, gloo's listener."""
+
+    def __init__(self) -> None:
+        self.aborted = False
+        self.on_wait: Callable[[], None] | None = None
+        self.transports: list[Transport] = []
+        self.gloo_device: Any = None
+
+    def check(self) -> None:
+        if self.aborted:
+            raise CommunicationFailed("the communicator was aborted")
+        if self.on_wait is not None:
+            self.on_wait()
+
+
+@contextlib.contextmanager
+def failures() -> Iterator[None]:
+    """Name gloo's errors as ours, without their source location and advice."""
+    try:
+        yield
+    except CommunicationFailed:
+        raise
+    except RuntimeError as error:
+        text = str(error).strip().splitlines() or ["the collective failed"]
+        raise CommunicationFailed(re.sub(r"^\[[^]]*\] ", "", text[0]).partition(". This is typically")[0]) from error
