@@ -5,15 +5,20 @@ This file needs the standard library alone, so that a parent's death is noticed 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 # Seconds between looks at the parent. The end of the channel says it sooner; this covers a worker that does not listen.
 _POLL = 0.5
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Seconds that a dying parent may need between closing its files and handing its children on.
 _REAPED = 2.0
@@ -31,6 +36,9 @@ def parent_of(socket_path: str | Path) -> int:
 
 def watch_parent(parent: int, directory: Path) -> None:
     """From now on, end this process within a second of its parent's end, and remove ``directory``."""
+    if sys.platform == "linux":
+        # A stopped process sees nothing: have the kernel let it go on when its parent ends.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
 
     def watch() -> None:
         while os.getppid() == parent:

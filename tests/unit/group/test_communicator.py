@@ -149,6 +149,13 @@ def test_alone_every_collective_is_a_copy_and_needs_no_store() -> None:
         comm.all_reduce(received)
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch comes with NCCL")
+def test_without_nccl_a_group_of_gpus_fails_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    with pytest.raises(CommunicationFailed, match="comes without NCCL"):
+        Communicator.join(tmp_path / "store", "first", 0, 2, "cuda:0", 1.0, 1.0)
+
+
 # -- meshes -----------------------------------------------------------------------------------------------------------
 
 

@@ -131,12 +131,13 @@ def test_a_pool_can_be_used_again_after_it_was_stopped(pool: Pool) -> None:
 
 
 def parent_program(rank: int, size: int, report: Path, connected: int) -> None:
-    """Starts two workers, calls some of them, and is killed."""
+    """Starts two workers, and is killed: while they start, or when one is busy and the other stopped."""
     pool = Pool(STUB)
     workers = pool.ensure(2)
     channels = [worker.open_channel(START_S) for worker in workers[:connected]]
-    for channel in channels[:1]:
-        channel.tell("deaf")  # hears no end of file
+    if connected:
+        channels[0].tell("deaf")  # hears no end of file
+        os.kill(workers[1].pid, signal.SIGSTOP)
     report.write_text(json.dumps({"pids": [worker.pid for worker in workers], "directory": str(pool.directory)}))
     os.kill(os.getpid(), signal.SIGKILL)
 
