@@ -6,12 +6,13 @@ from comfy_api.latest import ComfyExtension, io
 
 from .attention import ParaAttention
 from .cache import ParaFirstBlockCache
+from .compile import ParaCompile
 from .parallel import ParaParallel
 
 
 class ParaDiT(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ParaParallel, ParaAttention, ParaFirstBlockCache]
+        return [ParaParallel, ParaAttention, ParaFirstBlockCache, ParaCompile]
 
 
 async def comfy_entrypoint() -> ParaDiT:

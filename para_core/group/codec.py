@@ -6,7 +6,6 @@ that one broadcast carries all of them.
 
 from __future__ import annotations
 
-import base64
 import json
 import uuid
 from collections.abc import Sequence
@@ -165,7 +164,7 @@ class _Encoder:
         if kind is uuid.UUID:
             return {"uuid": value.hex}
         if kind is bytes:
-            return {"bytes": base64.b64encode(value).decode("ascii")}
+            return {"bytes": value.hex()}
         if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
             number = value.item()
             if type(number) in (bool, int, float, str):
@@ -237,5 +236,5 @@ def _decode(body: Any, tensors: Sequence[torch.Tensor], device: torch.device | s
         case "uuid":
             return uuid.UUID(hex=content)
         case "bytes":
-            return base64.b64decode(content)
+            return bytes.fromhex(content)
     raise ValueError(f"unknown tag {tag!r} in a message header")

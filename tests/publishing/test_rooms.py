@@ -33,7 +33,7 @@ PUBLISHED = [*(["__init__.py"] if (ROOT / "__init__.py").exists() else []), *pyt
 def room(name: str) -> str:
     """``para_core/plans/flux.py`` -> ``plans``; ``para_core/log.py`` -> ``""``; ``nodes/cache.py`` -> ``nodes``."""
     parts = name.split("/")
-    if len(parts) == 1:
+    if len(parts) == 1 or name == "para_core/sidecar.py":  # what a process starts with puts the rooms together
         return "entry"
     return parts[0] if parts[0] == "nodes" else parts[1] if len(parts) > 2 else ""
 
