@@ -107,7 +107,9 @@ class Call:
 
 
 def _split_heads(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """``(B, S, H * D)`` as a ``(B, H, S, D)`` view."""
+    """``(B, S, H * D)``, or ``(B, S, H, D)`` as some models leave k and v, as a ``(B, H, S, D)`` view."""
+    if tensor.ndim == 4:
+        return tensor.transpose(1, 2)
     batch, rows, width = tensor.shape
     heads = width // dim
     if heads * dim != width:

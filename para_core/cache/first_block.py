@@ -3,7 +3,8 @@
 Blocks are skipped by replacing ``forward`` on the instances (``remove()`` deletes the replacement), inside the cutting
 hooks, so that the stock loop, its hooks and its joins run as ever. On a hit each block hands its tokens on, and the
 last one returns first block's output + residual of the rest: whatever the loop added in between (ControlNet
-residuals) is part of that residual already and is overwritten, not counted twice.
+residuals, side lists) is part of that residual already and is overwritten, not counted twice. A plan with several
+streams keeps one residual each and compares them together.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from ..plans.plan import Blocks, parameters
 from ..sequence.cut import Cut
-from ..sequence.hooks import Arguments, Hooks
+from ..sequence.hooks import Arguments, Hooks, tokens
 from ..sequence.mesh import Comm
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO
@@ -62,15 +63,17 @@ class Step:
 
 @dataclass
 class Entry:
-    first: torch.Tensor
-    rest: History
+    """Of one condition, per stream of the plan: the first block's residual, and those of the blocks after it."""
+
+    first: list[torch.Tensor]
+    rest: list[History]
 
 
 class Tap(Protocol):
     """Someone who records a forward in three parts (a graph capture) and will call ``observe`` and ``finish`` later."""
 
-    def after_first(self, before: torch.Tensor, after: torch.Tensor) -> None: ...
-    def after_last(self, stream: torch.Tensor) -> None: ...
+    def after_first(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> None: ...
+    def after_last(self, streams: list[torch.Tensor]) -> None: ...
 
 
 class FirstBlockCache:
@@ -87,13 +90,16 @@ class FirstBlockCache:
         self.hit = False
         self.changes: tuple[float, ...] = ()
         self._entries: dict[Hashable, Entry] = {}
-        self._first: torch.Tensor | None = None
+        self._first: list[torch.Tensor] | None = None
+        self._batch = hooks.stacks[0][0].batch
         self._undo: list[Callable[[], None]] = []
         flat = [(spec, block) for spec, blocks in hooks.stacks for block in blocks]
         for index, (spec, block) in enumerate(flat):
             wrap = self._first_block if index == 0 else self._later_block
-            forward = wrap(spec, block.forward, parameters(block), index == len(flat) - 1)
+            forward = wrap(spec, block.forward, parameters(spec, block), index == len(flat) - 1)
             self._undo.append(replace(block, "forward", forward))
+        for spec, block in [(spec, block) for spec, blocks in hooks.sides for block in blocks]:
+            self._undo.append(replace(block, "forward", self._later_block(spec, block.forward, parameters(spec, block), False)))
 
     def begin(self, step: Step | None, comm: Comm | None = None) -> None:
         self.step, self.comm = step, comm
@@ -109,53 +115,62 @@ class FirstBlockCache:
         self._entries.clear()
         self._first = None
 
-    def _stream(self, spec: Blocks, output, cut: Cut) -> torch.Tensor:
-        """This rank's rows of the plan's stream in a block's output."""
+    def _streams(self, spec: Blocks, output, cut: Cut) -> list[torch.Tensor]:
+        """This rank's rows of the plan's streams in a block's output."""
         outputs = [output] if isinstance(output, torch.Tensor) else output
-        stream = self.hooks.plan.stream
-        index = next(index for index, segments in enumerate(spec.returns) if stream in segments)
-        return cut.part(outputs[index], spec.returns[index], stream)
+        held = list(zip(spec.returns, outputs, strict=True))
+        return [
+            next(cut.part(tensor, segments, stream, spec.dim) for segments, tensor in held if stream in segments)
+            for stream in self.hooks.plan.streams
+        ]
 
     def _first_block(self, spec: Blocks, original: Callable, names: list[str], _last: bool) -> Callable:
-        argument = next(name for name, segments in spec.tokens.items() if segments == (self.hooks.plan.stream,))
-
         def forward(*args, **kwargs):
             step, running = self.step, self.hooks.forward
             if step is None or running is None:
                 return original(*args, **kwargs)
-            before = Arguments(names, args, kwargs).get(argument).clone()  # the block may write into it
+            given = {segments: tensor for _, _, segments, tensor in tokens(spec, Arguments(names, args, kwargs))}
+            before = [given[(stream,)].clone() for stream in self.hooks.plan.streams]  # the block may write into them
             output = original(*args, **kwargs)
-            after = self._stream(spec, output, running.cut)
+            after = self._streams(spec, output, running.cut)
             if self.tap is not None:
                 self.tap.after_first(before, after)
             else:
                 self.observe(step, before, after)
+                running.skipping = self.hit
             return output
 
         return forward
 
-    def observe(self, step: Step, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Compare what the first block added, and decide. Stream rows (B, S_local, C) before and after the block."""
-        residual = after - before
-        self._first = after.clone()
-        self.hit = self._decide(step, residual)
+    def observe(self, step: Step, before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+        """Compare what the first block added, and decide. Per stream, this rank's rows before and after the block."""
+        residuals = [new - old for new, old in zip(after, before, strict=True)]
+        self._first = [tensor.clone() for tensor in after]
+        self.hit = self._decide(step, residuals)
         if not self.hit:
             for chunk in step.chunks:
-                self._entry(chunk.key, step.order).first = residual[chunk.start : chunk.stop]
+                self._entry(chunk.key, step.order).first = [self._rows(residual, chunk) for residual in residuals]
 
-    def finish(self, step: Step, stream: torch.Tensor) -> None:
-        """At the last block's output: predict the stream in place on a hit, remember what the rest added otherwise."""
-        first, self._first = self._first, None
-        if first is None:
+    def finish(self, step: Step, streams: list[torch.Tensor]) -> None:
+        """At the last block's output: predict the streams in place on a hit, remember what the rest added otherwise."""
+        before, self._first = self._first, None
+        if before is None:
             return
-        if self.hit:
+        for index, (stream, first) in enumerate(zip(streams, before, strict=True)):
+            rest = None if self.hit else stream - first
             for chunk in step.chunks:
-                first[chunk.start : chunk.stop] += self._entries[chunk.key].rest.predict(step.sigma)
-            stream.copy_(first)
-            return
-        rest = stream - first
-        for chunk in step.chunks:
-            self._entry(chunk.key, step.order).rest.add(step.sigma, rest[chunk.start : chunk.stop])
+                history = self._entry(chunk.key, step.order).rest[index]
+                if rest is None:
+                    part = self._rows(first, chunk)
+                    part += history.predict(step.sigma)
+                else:
+                    history.add(step.sigma, self._rows(rest, chunk))
+            if rest is None:
+                stream.copy_(first)
+
+    def _rows(self, tensor: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """A view of one condition's rows."""
+        return tensor if self._batch is None else tensor.narrow(self._batch, chunk.start, chunk.stop - chunk.start)
 
     def _later_block(self, spec: Blocks, original: Callable, names: list[str], last: bool) -> Callable:
         def forward(*args, **kwargs):
@@ -164,36 +179,37 @@ class FirstBlockCache:
                 return original(*args, **kwargs)
             output = self._hand_on(spec, Arguments(names, args, kwargs)) if self.hit else original(*args, **kwargs)
             if last and self.tap is not None:
-                self.tap.after_last(self._stream(spec, output, running.cut))
+                self.tap.after_last(self._streams(spec, output, running.cut))
             elif last:
-                self.finish(step, self._stream(spec, output, running.cut))
+                self.finish(step, self._streams(spec, output, running.cut))
             return output
 
         return forward
 
     def _entry(self, key: Hashable, order: int) -> Entry:
         if key not in self._entries:
-            self._entries[key] = Entry(torch.empty(0), History(order))
+            self._entries[key] = Entry([], [History(order) for _ in self.hooks.plan.streams])
         return self._entries[key]
 
     def _complete(self, key: Hashable) -> bool:
         """False where a patch kept the last block from running, so that nothing is known of the rest."""
-        return key in self._entries and bool(self._entries[key].rest.points)
+        return key in self._entries and bool(self._entries[key].rest[0].points)
 
-    def _decide(self, step: Step, residual: torch.Tensor) -> bool:
+    def _decide(self, step: Step, residuals: list[torch.Tensor]) -> bool:
         """Reduce the sums over all ranks once; rank 0 decides and all follow."""
         comm = self.comm or SOLO
         if not step.compare or comm.size == 1 and not all(self._complete(chunk.key) for chunk in step.chunks):
             for chunk in step.chunks:
                 self._entries.pop(chunk.key, None)
             return False
-        sums = torch.zeros(step.count, 2, dtype=torch.float64, device=residual.device)
+        device = residuals[0].device
+        sums = torch.zeros(step.count, 2, dtype=torch.float64, device=device)
         for chunk in step.chunks:
-            previous = self._entries[chunk.key].first
-            sums[chunk.index, 0] += (previous - residual[chunk.start : chunk.stop]).abs().sum(dtype=torch.float32)
-            sums[chunk.index, 1] += previous.abs().sum(dtype=torch.float32)
+            for previous, residual in zip(self._entries[chunk.key].first, residuals, strict=True):
+                sums[chunk.index, 0] += (previous - self._rows(residual, chunk)).abs().sum(dtype=torch.float32)
+                sums[chunk.index, 1] += previous.abs().sum(dtype=torch.float32)
         comm.all_reduce(sums)
-        verdict = torch.zeros(1 + step.count, dtype=torch.float64, device=residual.device)
+        verdict = torch.zeros(1 + step.count, dtype=torch.float64, device=device)
         if comm.rank == 0:
             changes = [change(*pair) for pair in sums.tolist()]
             hit = step.may_hit and decide(changes, step.threshold)
@@ -206,6 +222,8 @@ class FirstBlockCache:
     @staticmethod
     def _hand_on(spec: Blocks, block: Arguments):
         """A skipped block's output: its own tokens."""
-        held = {segments: block.get(name) for name, segments in spec.tokens.items()}
+        held: dict[tuple[str, ...], torch.Tensor] = {}
+        for _, _, segments, tensor in tokens(spec, block):
+            held.setdefault(segments, tensor)
         outputs = [held[segments] for segments in spec.returns]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)

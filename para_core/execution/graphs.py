@@ -28,12 +28,12 @@ class Capture:
     """A captured forward: its parts in order, the tensors to fill before a replay, and the one to read after it.
 
     With a cache there are three parts (to the first block's output, the rest of the stack, what follows) and ``taps``:
-    the stream before and after the first block and at the last block's output.
+    the streams before and after the first block and at the last block's output.
     """
 
     parts: list[torch.cuda.CUDAGraph]
     inputs: list[torch.Tensor]
-    taps: list[torch.Tensor]
+    taps: list[list[torch.Tensor]]
     output: torch.Tensor | None = None
 
     def replay(self, cache: FirstBlockCache | None) -> None:
@@ -43,7 +43,7 @@ class Capture:
             return
         first, rest, after = self.parts
         first.replay()
-        cache.observe(cache.step, *self.taps[:2])
+        cache.observe(cache.step, self.taps[0], self.taps[1])
         if not cache.hit:
             rest.replay()
         cache.finish(cache.step, self.taps[2])
@@ -55,7 +55,7 @@ class Recorder:
 
     def __init__(self, pool: Any):
         self.parts: list[torch.cuda.CUDAGraph] = []
-        self.taps: list[torch.Tensor] = []
+        self.taps: list[list[torch.Tensor]] = []
         self._pool = pool
 
     def begin(self) -> None:
@@ -66,13 +66,13 @@ class Recorder:
     def end(self) -> None:
         self.parts[-1].capture_end()
 
-    def after_first(self, before: torch.Tensor, after: torch.Tensor) -> None:
+    def after_first(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
         self.taps += [before, after]
         self.end()
         self.begin()
 
-    def after_last(self, stream: torch.Tensor) -> None:
-        self.taps.append(stream)
+    def after_last(self, streams: list[torch.Tensor]) -> None:
+        self.taps.append(streams)
         self.end()
         self.begin()
 

@@ -13,6 +13,7 @@ from ..attention.exchange import Exchange, attend_call
 from ..attention.traffic import Traffic
 from ..cache.first_block import FirstBlockCache, Step
 from ..plans.plan import Plan
+from ..sequence.cut import TokenError
 from ..sequence.hooks import Arguments, Forward, Hooks, LocalControl, StackDone
 from ..sequence.layout import Joint
 from ..sequence.mesh import Comm, Mesh
@@ -31,13 +32,15 @@ class AttentionOverride:
     def __init__(self, chooser: Chooser, hooks: Hooks | None, stock: Callable | None = None):
         self.chooser, self.hooks, self.stock = chooser, hooks, stock
         self.traffic = Traffic()
-        self._exchanges: dict[tuple[int, Joint], Exchange] = {}
+        self._exchanges: dict[tuple[int, Joint, Joint], Exchange] = {}
 
     def __call__(self, func: Callable, *args, **kwargs) -> torch.Tensor:
         forward = self.hooks.forward if self.hooks is not None else None
         exchange = None
-        if forward is not None and forward.joint is not None and forward.mesh.sequence.size > 1:
-            exchange = self._exchange(forward.mesh, forward.joint)
+        pair = forward.pair() if forward is not None and forward.mesh.sequence.size > 1 else None
+        if pair is not None:
+            assert forward is not None
+            exchange = self._exchange(forward.mesh, *pair)
         elif self.chooser.setting is None and self.chooser.previous is None:
             return func(*args, **kwargs)
         call = Call.parse(func, args, kwargs)
@@ -64,14 +67,14 @@ class AttentionOverride:
         call = Call.parse(self.stock, (q, k, v, q.shape[1]), kwargs)
         forward = self.hooks.forward if self.hooks is not None else None
         exchange = None
-        if exchanged and forward is not None and forward.block is not None and forward.mesh.sequence.size > 1:
-            exchange = self._exchange(forward.mesh, forward.block)
+        if exchanged and forward is not None and forward.block and forward.mesh.sequence.size > 1:
+            exchange = self._exchange(forward.mesh, *forward.block[0])
         return attend_call(exchange, call, self.chooser.kernel(call))
 
-    def _exchange(self, mesh: Mesh, joint: Joint) -> Exchange:
-        key = (id(mesh), joint)
+    def _exchange(self, mesh: Mesh, q: Joint, kv: Joint) -> Exchange:
+        key = (id(mesh), q, kv)
         if key not in self._exchanges or self._exchanges[key].mesh is not mesh:
-            self._exchanges[key] = Exchange(mesh, joint, joint, traffic=self.traffic)
+            self._exchanges[key] = Exchange(mesh, q, kv, traffic=self.traffic)
         return self._exchanges[key]
 
 
@@ -114,23 +117,29 @@ class Runner:
         step: Step | None = None,
         comm: Comm | None = None,
         graph: bool = False,
+        whole: bool = False,
     ):
         """The result of ``call(*args, **kwargs)`` on ``mesh``'s first rank, None on the others.
 
         names: positional parameters of ``call``. step: what the cache shall do; comm: every rank that shares the step.
         graph: replay a CUDA graph where there is one for this shape, and capture one where there is none.
-        Raises KernelBroken where the result cannot be used.
+        whole: make all tokens whole between blocks, for what mixes them there.
+        Raises PlanError, on every rank, for a forward that cannot be cut, KernelBroken where the result cannot be used.
         """
         arguments = Arguments(names, args, dict(kwargs))
-        control = arguments.get("control") if self.hooks.plan.control else None
+        plan = self.hooks.plan
+        control = arguments.get("control") if plan.control else None
         if isinstance(control, dict):
             arguments.put("control", LocalControl(control, self.hooks))
 
         def forward(*args, **kwargs):
             self.override.chooser.begin_forward()
-            self.hooks.forward = Forward(mesh)
+            state = self.hooks.forward = Forward(mesh, plan.segments if whole else plan.whole)
             try:
-                return call(*args, **kwargs)
+                result = call(*args, **kwargs)
+                if state.sharded and mesh.sequence.size > 1:
+                    raise TokenError(f"the last block of {plan.family} did not run: its tokens were not gathered")
+                return result
             except StackDone:
                 return None
             finally:
@@ -142,7 +151,7 @@ class Runner:
             options = arguments.get("transformer_options") or {}
             kept = (*self.hooks.plan.options, OVERRIDE)
             arguments.put("transformer_options", {name: value for name, value in options.items() if name in kept})
-            result = self.graphs.run(forward, tuple(arguments.args), arguments.kwargs, id(mesh), cache=self.cache if step else None)
+            result = self.graphs.run(forward, tuple(arguments.args), arguments.kwargs, id(mesh), whole, cache=self.cache if step else None)
         else:
             result = forward(*arguments.args, **arguments.kwargs)
         if not self.override.chooser.end_forward():

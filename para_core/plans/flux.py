@@ -24,7 +24,7 @@ PLAN = Plan(
             rules={"modulation_dims": ranges(("txt", "img"), shifted_by_local="txt")},
         ),
     ),
-    stream="img",
+    streams=("img",),
     heads="num_heads",
     options=("rope_options",),
     text="context",

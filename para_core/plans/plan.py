@@ -1,7 +1,7 @@
 """The language of plans: data that says how a family's blocks hold their tokens.
 
 A *segment* is a run of tokens of one kind, named by the plan ("txt", "img"). Segments are cut one by one, along dim 1
-unless a block list says otherwise, and every rank keeps its rows of each.
+unless a block list says otherwise, and every rank keeps its rows of each. README.md beside this file is the how-to.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,58 +17,114 @@ if TYPE_CHECKING:
 
 Segments = tuple[str, ...]
 Rule = Callable[["Cut", Any], Any]
+Unit = Callable[[Callable[[str], Any], int], int]
 
 
 class PlanError(RuntimeError):
-    """A model does not look as its plan expects; the message says what differs."""
+    """A model does not look as its plan expects, or cannot be cut in this form; the message says why."""
 
 
 @dataclass(frozen=True)
 class Blocks:
     """One list of blocks that runs in order.
 
-    path: attribute path of the module list on the diffusion model.
-    tokens: block argument -> the segments it holds, in order.
+    path: attribute path of the module list (or dict) on the diffusion model.
+    tokens: block argument -> the segments it holds, in order; a tuple of such for an argument that is several tensors.
     returns: per output of a block, the segments it holds; a single tuple means a single tensor.
-    joint: order of the segments in q, k and v of the exchanged attention.
+    joint: order of the segments in q, k and v of the exchanged attention; a tuple of such, one a call, where a block makes
+        several calls that see different segments.
     tables: block argument -> (segments, dim) for what stock code passes whole to every block and that has one row a
         token (rotary tables, per-token modulation, masks). A dim of size 1 is left alone, tuples are cut item by item.
     rules: block argument -> rule(cut, value) for what needs more than a row cut.
-    exchange: names of the submodules whose attention sees all tokens; None: every attention call of the block.
+    exchange: names of the submodules whose attention sees all tokens; None: every attention call of the block. A mapping
+        gives each submodule the segments of its queries and of its keys.
+    dim: which dim of token tensors counts rows. batch: which one counts images, None without such a dim. All other dims
+        but the last are a grid that is attended to as well: of (B, T, H, W, C) with dim=2 each rank keeps rows of H.
+    units: segment -> unit(get, length), the number of rows that stay together, from the block's arguments.
+    names: names of the positional arguments, for a forward that takes ``*args``.
+    side: a list that runs between the blocks of another and feeds it; its tokens come whole or cut.
     """
 
     path: str
-    tokens: Mapping[str, Segments]
+    tokens: Mapping[str, Segments | tuple[Segments, ...]]
     returns: tuple[Segments, ...]
-    joint: Segments
+    joint: Segments | tuple[Segments, ...] = ()
     tables: Mapping[str, tuple[Segments, int]] = field(default_factory=dict)
     rules: Mapping[str, Rule] = field(default_factory=dict)
-    exchange: tuple[str, ...] | None = None
+    exchange: tuple[str, ...] | Mapping[str, tuple[Segments, Segments]] | None = None
+    dim: int = 1
+    batch: int | None = 0
+    units: Mapping[str, Unit] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    side: bool = False
+
+    @cached_property
+    def held(self) -> tuple[tuple[str, int | None, Segments], ...]:
+        """Every token tensor: its argument, its place in an argument of several, its segments."""
+        found: list[tuple[str, int | None, Segments]] = []
+        for name, value in self.tokens.items():
+            if isinstance(value[0], str):
+                found.append((name, None, value))
+            else:
+                found += [(name, index, segments) for index, segments in enumerate(value)]
+        return tuple(found)
+
+    @cached_property
+    def joints(self) -> tuple[tuple[Segments, Segments], ...]:
+        """Segments of the queries and of the keys, for each exchanged attention call of a block in turn."""
+        if not self.joint:
+            return ()
+        calls = (self.joint,) if isinstance(self.joint[0], str) else self.joint
+        return tuple((call, call) for call in calls)
+
+    @cached_property
+    def segments(self) -> Segments:
+        return tuple(dict.fromkeys(name for _, _, segments in self.held for name in segments))
 
 
 @dataclass(frozen=True)
 class Plan:
     """How one family is cut.
 
-    models: ends of the full class names it is for. stacks: block lists in the order they run.
-    stream: the segment that is used after the last block (gathered there, and compared by the step cache); the rows of
+    models: ends of the full class names it is for. stacks: block lists in the order they run, side lists anywhere.
+    streams: the segments that are used after the last block (gathered there, and compared by the step cache); the rows of
         other segments are dropped by the model itself. heads: attribute path of the number of attention heads.
     text: argument of the model's forward with the text tokens (dim 1), where they are cut too. patch: attribute path of the
         patch size, one number or one a side: how many tokens an image or a video has at least.
     options: transformer options that the family's forward reads besides patches and the attention override; None: not
         known, so its blocks are neither compiled nor captured.
-    control: True where ControlNet residuals (``control["input" / "output"]`` lists) are added to ``stream`` between blocks.
+    control: True where ControlNet residuals (``control["input" / "output"]`` lists) are added to a stream between blocks.
+    regather: segments that stock code works on between blocks: made whole on every rank after each block, cut again
+        before the next. borders="whole": all of them, for models that mix tokens between blocks.
+    final: the submodule that takes the stream after the last block, where stock code slices it by lengths of the cut
+        sequence in between; the stream is gathered there.
+    every_rank: segments of which each rank must hold a row (if there are any): stock code asks whether it has some.
+    decline: decline(model), why this very model cannot be cut, or "".
     """
 
     family: str
     models: tuple[str, ...]
     stacks: tuple[Blocks, ...]
-    stream: str
+    streams: Segments
     heads: str
     text: str | None = None
     patch: str = "patch_size"
     control: bool = False
     options: tuple[str, ...] | None = None
+    regather: Segments = ()
+    borders: str = "local"
+    final: str = ""
+    every_rank: Segments = ()
+    decline: Callable[[Any], str] | None = None
+
+    @cached_property
+    def segments(self) -> frozenset[str]:
+        return frozenset(name for spec in self.stacks for name in spec.segments)
+
+    @cached_property
+    def whole(self) -> frozenset[str]:
+        """Segments that are whole between blocks."""
+        return self.segments if self.borders == "whole" else frozenset(self.regather)
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -76,9 +133,13 @@ def attribute(module: Any, path: str) -> Any:
     return module
 
 
-def parameters(block) -> list[str]:
+def signature(block) -> inspect.Signature:
+    return inspect.signature(type(getattr(block, "_orig_mod", block)).forward)
+
+
+def parameters(spec: Blocks, block) -> list[str]:
     """Names of a block's forward arguments, in order, without self."""
-    return list(inspect.signature(type(block).forward).parameters)[1:]
+    return list(spec.names) if spec.names else list(signature(block).parameters)[1:]
 
 
 def changed(plan: Plan, what: str) -> PlanError:
@@ -88,23 +149,30 @@ def changed(plan: Plan, what: str) -> PlanError:
 def check(plan: Plan, model) -> list[tuple[Blocks, list]]:
     """The plan's block lists as they stand on ``model``, empty ones left out.
 
-    Raises PlanError where a list is missing or a block does not take the arguments the plan names.
+    Raises PlanError where a list is missing, a block does not take the arguments the plan names, or the plan declines.
     """
     found = []
     for spec in plan.stacks:
         try:
-            blocks = list(attribute(model, spec.path))
+            holder = attribute(model, spec.path)
         except AttributeError:
             raise changed(plan, f"{type(model).__name__} has no {spec.path}") from None
+        blocks = list(holder.values() if hasattr(holder, "values") else holder)
         for block in blocks:
-            missing = {*spec.tokens, *spec.tables, *spec.rules} - set(parameters(block))
-            if missing:
+            kinds = {parameter.kind for parameter in signature(block).parameters.values()}
+            missing = {*spec.tokens, *spec.tables, *spec.rules} - set(parameters(spec, block))
+            if missing and inspect.Parameter.VAR_KEYWORD not in kinds:
                 raise changed(plan, f"{type(block).__name__}.forward takes no {', '.join(sorted(missing))}")
             for name in spec.exchange or ():
-                if not hasattr(block, name):
-                    raise changed(plan, f"{type(block).__name__} has no {name}")
+                try:
+                    attribute(block, name)
+                except AttributeError:
+                    raise changed(plan, f"{type(block).__name__} has no {name}") from None
         if blocks:
             found.append((spec, blocks))
-    if sum(len(blocks) for _, blocks in found) < 2:
+    reason = plan.decline(model) if plan.decline is not None else ""
+    if reason:
+        raise PlanError(reason)
+    if sum(len(blocks) for spec, blocks in found if not spec.side) < 2:
         raise PlanError(f"{type(model).__name__} has fewer than two blocks")
     return found

@@ -17,7 +17,7 @@ PLAN = Plan(
             exchange=("self_attn",),
         ),
     ),
-    stream="img",
+    streams=("img",),
     heads="num_heads",
     options=("rope_options",),
 )

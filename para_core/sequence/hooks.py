@@ -1,21 +1,25 @@
 """Forward hooks that cut tokens before the first block of a stack and gather them after the last.
 
 Stock code runs whole up to the first block, so that it computes modulation ranges, masks and offsets from whole
-lengths; between the blocks it sees local rows and never notices; after the last block the ``stream`` segment is whole
-again on the first rank, and the other ranks stop there (``StackDone``): their result is not used.
+lengths; between the blocks it sees local rows and never notices (but for the segments that its plan makes whole after
+every block); after the last block the plan's ``streams`` are whole again on the first rank, and the other ranks stop
+there (``StackDone``): their result is not used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ..plans.plan import Blocks, Plan, attribute, check, parameters
-from .cut import Cut, TokenError, gather
+from ..plans.plan import Blocks, Plan, PlanError, attribute, check, parameters
+from .cut import Cut, TokenError, gather, gather_all
 from .layout import Joint
 from .mesh import Mesh
+
+Pairs = tuple[tuple[Joint, Joint], ...]
 
 
 class StackDone(Exception):
@@ -25,16 +29,31 @@ class StackDone(Exception):
 class Forward:
     """One forward on one rank: its cut, and what the attention override needs to know while a block runs.
 
-    joint: the joint sequence of the exchanged attention while such a call may happen, else None. block: that of the
-    running block, whether or not such a call is happening.
+    sharded: tokens are cut and have not been gathered for good. whole: segments that are whole all the same, between two
+    blocks. attending: layouts of queries and keys of the exchanged attention calls, in turn, while such calls may happen,
+    else None. block: those of the running block, whether or not such a call is happening. skipping: blocks hand on what
+    they are given.
     """
 
-    def __init__(self, mesh: Mesh):
-        self.mesh = mesh
-        self.cut = Cut(mesh.sequence.rank, mesh.sequence.size)
+    def __init__(self, mesh: Mesh, regather: frozenset[str] = frozenset()):
+        self.mesh, self.regather = mesh, regather
+        self.cut = Cut(mesh.sequence.rank, mesh.sequence.size, regathered=regather)
         self.sharded = False
-        self.joint: Joint | None = None
-        self.block: Joint | None = None
+        self.skipping = False
+        self.whole: frozenset[str] = frozenset()
+        self.attending: Pairs | None = None
+        self.block: Pairs = ()
+        self._call = 0
+
+    def enter(self, pairs: Pairs) -> None:
+        self.attending, self._call = pairs, 0
+
+    def pair(self) -> tuple[Joint, Joint] | None:
+        """Layouts of the attention call that is being made, None where it stays on this rank."""
+        if not self.attending:
+            return None
+        self._call += 1
+        return self.attending[(self._call - 1) % len(self.attending)]
 
 
 class Arguments:
@@ -59,28 +78,43 @@ class Arguments:
             self.kwargs[name] = value
 
 
+def tokens(spec: Blocks, block: Arguments) -> Iterator[tuple[str, int | None, tuple[str, ...], torch.Tensor]]:
+    """Every token tensor of a call: argument, place in an argument of several, segments, tensor."""
+    for name, index, segments in spec.held:
+        value = block.get(name)
+        tensor = value if index is None or value is None else value[index]
+        if not isinstance(tensor, torch.Tensor):
+            raise TokenError(f"the block's {name} holds no tokens")
+        yield name, index, segments, tensor
+
+
 class Hooks:
     """Hooks of one plan on one model; idle unless ``forward`` is set. ``remove()`` leaves the model as it was.
 
+    stacks: the block lists that the tokens go through, in order; sides: lists that run between their blocks.
     Raises PlanError when the model does not look as the plan expects.
     """
 
     def __init__(self, plan: Plan, model: torch.nn.Module):
         self.plan = plan
         self.forward: Forward | None = None
-        self.stacks = check(plan, model)
-        self.last = self.stacks[-1][1][-1]
+        found = check(plan, model)
+        self.stacks = [(spec, blocks) for spec, blocks in found if not spec.side]
+        self.sides = [(spec, blocks) for spec, blocks in found if spec.side]
+        self.first, self.last = self.stacks[0][1][0], self.stacks[-1][1][-1]
         self._handles: list = []
         self._submodules: list = []
-        for spec, blocks in self.stacks:
-            names = parameters(blocks[0])
+        for spec, blocks in found:
             for block in blocks:
-                self._handles.append(block.register_forward_pre_hook(self._before(spec, names), with_kwargs=True))
-                self._handles.append(block.register_forward_hook(self._after(spec, block is self.last)))
+                names = parameters(spec, block)
+                self._handles.append(block.register_forward_pre_hook(self._before(spec, names, block is self.last), with_kwargs=True))
+                self._handles.append(block.register_forward_hook(self._after(spec, block)))
                 for name in spec.exchange or ():
                     module = attribute(block, name)
-                    self._submodules.append(module.register_forward_pre_hook(self._enter(spec)))
+                    self._submodules.append(module.register_forward_pre_hook(self._enter(spec, name)))
                     self._submodules.append(module.register_forward_hook(self._leave))
+        if plan.final:
+            self._handles.append(attribute(model, plan.final).register_forward_pre_hook(self._before_final))
 
     def remove(self) -> None:
         self.release_submodules()
@@ -93,99 +127,152 @@ class Hooks:
             handle.remove()
         self._submodules.clear()
 
-    def _before(self, spec: Blocks, names: list[str]) -> Callable:
+    def _before(self, spec: Blocks, names: list[str], last: bool) -> Callable:
+        joints, everything = spec.joints, spec.exchange is None
+        tables, rules = list(spec.tables.items()), list(spec.rules.items())
+
         def before(_module, args, kwargs):
             forward = self.forward
             if forward is None:
                 return None
             cut = forward.cut
-            if forward.sharded:
-                forward.block = cut.joint(spec.joint)
-            if forward.sharded and cut.ranks == 1:  # nothing is cut
-                if spec.exchange is None:
-                    forward.joint = cut.joint(spec.joint)
+            if forward.sharded and (cut.ranks == 1 or (forward.skipping and not last and not spec.side)):
                 return None
             block = Arguments(names, args, kwargs)
             if not forward.sharded:
-                measure(cut, spec, block)
-                for name, segments in spec.tokens.items():
-                    block.put(name, own(cut.local(block.get(name), segments, 1), cut))
-                forward.sharded = True
-                forward.block = cut.joint(spec.joint)
+                self._measure(forward, spec, block)
+                if cut.ranks == 1:
+                    return None
+            if forward.whole or spec.side:
+                self._cut(forward, spec, block)
             else:
-                expect(cut, spec, block)
-            for name, (segments, dim) in spec.tables.items():
+                for name, _, segments, tensor in tokens(spec, block):
+                    expect(cut, name, segments, tensor, spec.dim)
+            for name, (segments, dim) in tables:
                 value = block.get(name)
                 if value is not None:
                     block.put(name, cut.table(value, segments, dim))
-            for name, rule in spec.rules.items():
+            for name, rule in rules:
                 value = block.get(name)
                 if value is not None:
                     block.put(name, rule(cut, value))
-            if spec.exchange is None:
-                forward.joint = cut.joint(spec.joint)
+            forward.block = cut.pairs(joints)
+            if everything:
+                forward.enter(forward.block)
             return tuple(block.args), block.kwargs
 
         return before
 
-    def _after(self, spec: Blocks, last: bool) -> Callable:
+    def _measure(self, forward: Forward, spec: Blocks, block: Arguments) -> None:
+        """Read the whole length of every segment off the first block's token arguments."""
+        cut = forward.cut
+        for name, _, segments, tensor in tokens(spec, block):
+            if len(segments) != 1:
+                raise TokenError(f"the first block's {name} must hold one segment, not {segments}")
+            (segment,) = segments
+            length = tensor.shape[spec.dim]
+            unit = spec.units[segment](block.get, length) if segment in spec.units else 1
+            sides = [1 if dim in (spec.batch, spec.dim) else side for dim, side in enumerate(tensor.shape[:-1])]
+            cut.measure(segment, length, unit, (math.prod(sides[: spec.dim]), math.prod(sides[spec.dim :])))
+        for segment in self.plan.every_rank:
+            if cut.lengths[segment] and not min(cut.rows[segment]):
+                raise PlanError(f"{cut.lengths[segment]} {segment} tokens of {self.plan.family} are too few for {cut.ranks} ranks")
+        forward.sharded, forward.whole = True, frozenset(spec.segments)
+
+    def _cut(self, forward: Forward, spec: Blocks, block: Arguments) -> None:
+        """Keep this rank's rows of what is whole. Stock blocks write into their inputs: a shard is no view of them."""
+        cut = forward.cut
+        for name, index, segments, tensor in tokens(spec, block):
+            whole = forward.whole
+            if spec.side:
+                whole = frozenset(segments if tensor.shape[spec.dim] == cut.width(segments, segments) else ())
+            if not whole.intersection(segments):
+                expect(cut, name, segments, tensor, spec.dim)
+                continue
+            local = cut.local(tensor, segments, spec.dim, whole).clone(memory_format=torch.contiguous_format)
+            if index is None:
+                block.put(name, local)
+            else:
+                value = block.get(name)
+                block.put(name, type(value)(local if place == index else item for place, item in enumerate(value)))
+
+    def _after(self, spec: Blocks, module: torch.nn.Module) -> Callable:
+        last, first = module is self.last, module is self.first
+
         def after(_module, _args, output):
             forward = self.forward
             if forward is None:
                 return None
-            forward.joint = None
-            return self._gather(forward, spec, output) if last else None
+            forward.attending = None
+            if last:
+                return self._finish(forward, spec, output)
+            if forward.cut.ranks == 1 or (forward.skipping and not first):
+                return None
+            if not spec.side:
+                forward.whole = forward.regather
+            return self._join(forward, spec, output, forward.regather, gather_all) if forward.regather else None
 
         return after
 
-    def _gather(self, forward: Forward, spec: Blocks, output):
-        """The last block's output with the stream whole on the first rank; ends the forward on the others."""
-        forward.sharded = False
-        cut, comm = forward.cut, forward.mesh.sequence
-        if comm.size == 1:
+    def _finish(self, forward: Forward, spec: Blocks, output):
+        """The last block's output with the streams whole on the first rank; ends the forward on the others."""
+        if forward.cut.ranks == 1:
+            forward.sharded = False
             return None
+        mixed = forward.regather >= self.plan.segments  # what comes after the last block may look at all tokens
+        if self.plan.final and not mixed:
+            return None
+        forward.sharded = False
+        output = self._join(forward, spec, output, self.plan.segments if mixed else frozenset(self.plan.streams), gather)
+        if forward.cut.rank:
+            raise StackDone
+        return output
+
+    def _join(self, forward: Forward, spec: Blocks, output, wanted: frozenset[str], gathering: Callable):
+        """A block's output with the segments in ``wanted`` whole, where ``gathering`` makes them so."""
+        cut, comm = forward.cut, forward.mesh.sequence
         outputs = [output] if isinstance(output, torch.Tensor) else list(output)
         for index, segments in enumerate(spec.returns):
-            if self.plan.stream not in segments:
+            if outputs[index] is None or not wanted.intersection(segments):
                 continue
-            whole = gather(cut.part(outputs[index], segments, self.plan.stream), cut.rows[self.plan.stream], comm)
-            if whole is None:
-                raise StackDone
-            pieces = [whole if name == self.plan.stream else cut.part(outputs[index], segments, name) for name in segments]
-            outputs[index] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+            pieces = [cut.part(outputs[index], segments, name, spec.dim) for name in segments]
+            pieces = [
+                gathering(piece, cut.rows[name], comm, spec.dim) if name in wanted else piece
+                for name, piece in zip(segments, pieces, strict=True)
+            ]
+            if all(piece is not None for piece in pieces):
+                outputs[index] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=spec.dim)
         return outputs[0] if isinstance(output, torch.Tensor) else type(output)(outputs)
 
-    def _enter(self, spec: Blocks) -> Callable:
+    def _before_final(self, _module, args):
+        forward = self.forward
+        if forward is None or not forward.sharded:
+            return None
+        forward.sharded = False
+        (stream,) = self.plan.streams
+        whole = gather(args[0], forward.cut.rows[stream], forward.mesh.sequence)
+        if whole is None:
+            raise StackDone
+        return (whole, *args[1:])
+
+    def _enter(self, spec: Blocks, name: str) -> Callable:
+        joints = (spec.exchange[name],) if isinstance(spec.exchange, dict) else spec.joints
+
         def enter(_module, _args):
-            if self.forward is not None:
-                self.forward.joint = self.forward.cut.joint(spec.joint)
+            if self.forward is not None and self.forward.sharded and self.forward.cut.ranks > 1:
+                self.forward.enter(self.forward.cut.pairs(joints))
 
         return enter
 
     def _leave(self, _module, _args, _output) -> None:
         if self.forward is not None:
-            self.forward.joint = None
+            self.forward.attending = None
 
 
-def measure(cut: Cut, spec: Blocks, block: Arguments) -> None:
-    """Read the whole length of every segment off the first block's token arguments."""
-    for name, segments in spec.tokens.items():
-        if len(segments) != 1:
-            raise TokenError(f"the first block's {name} must hold one segment, not {segments}")
-        cut.measure(segments[0], block.get(name).shape[1])
-
-
-def own(rows: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """Stock blocks write into their inputs: a shard must not be a view of what other code still reads."""
-    return rows if cut.ranks == 1 else rows.clone(memory_format=torch.contiguous_format)
-
-
-def expect(cut: Cut, spec: Blocks, block: Arguments) -> None:
+def expect(cut: Cut, name: str, segments: tuple[str, ...], tensor: torch.Tensor, dim: int) -> None:
     """Between blocks nothing may have changed the number of rows: a patch that did would be silently wrong."""
-    for name, segments in spec.tokens.items():
-        rows = sum(cut.rows[segment][cut.rank] for segment in segments)
-        if block.get(name).shape[1] != rows:
-            raise TokenError(f"{name} has {block.get(name).shape[1]} rows between blocks, expected {rows}")
+    if tensor.shape[dim] != cut.width(segments):
+        raise TokenError(f"{name} has {tensor.shape[dim]} rows between blocks, expected {cut.width(segments)}")
 
 
 class LocalControl(dict):
@@ -205,9 +292,10 @@ class LocalRows(list):
 
     def __getitem__(self, index):
         item, forward = super().__getitem__(index), self._hooks.forward
-        if not isinstance(item, torch.Tensor) or forward is None or not forward.sharded:
+        stream = self._hooks.plan.streams[0]
+        if not isinstance(item, torch.Tensor) or forward is None or not forward.sharded or stream in forward.whole:
             return item
-        cut, stream = forward.cut, self._hooks.plan.stream
+        cut = forward.cut
         start = min(cut.start(stream), item.shape[1])
         stop = min(start + cut.rows[stream][cut.rank], item.shape[1])
         return item[:, start:stop]
