@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from . import flux, wan
+from . import chroma, cogvideox, cosmos, flux, hidream, hunyuan_video, ltxav, ltxv, lumina, minimax, mochi, qwen_image, sd3, wan
 from .plan import Blocks, Plan, PlanError, check
 
-PLANS: tuple[Plan, ...] = (flux.PLAN, wan.PLAN)
+PLANS: tuple[Plan, ...] = (
+    flux.PLAN,
+    chroma.PLAN,
+    hunyuan_video.PLAN,
+    mochi.PLAN,
+    cogvideox.PLAN,
+    wan.PLAN,
+    wan.VACE,
+    wan.HUMO,
+    wan.WHOLE,
+    minimax.PLAN,
+    qwen_image.PLAN,
+    ltxv.PLAN,
+    ltxav.PLAN,
+    sd3.PLAN,
+    lumina.PLAN,
+    hidream.PLAN,
+    cosmos.PREDICT2,
+    cosmos.PREDICT1,
+)
 
 __all__ = ["PLANS", "Blocks", "Plan", "PlanError", "check", "plan_for"]
 

@@ -1,23 +1,57 @@
-"""Wan 2.1 and 2.2 (text to video, image to video, 5B with per-frame timesteps): one stream, text by cross-attention."""
+"""Wan 2.1 and 2.2: one stream, text by cross-attention. What is concatenated to the stream is cut with it."""
+
+from dataclasses import replace
 
 from .plan import Blocks, Plan
-from .rules import frames
+from .rules import frames, per_frame, whole_frames
 
+BLOCKS = Blocks(
+    path="blocks",
+    tokens={"x": ("img",)},
+    returns=(("img",),),
+    joint=("img",),
+    tables={"freqs": (("img",), 1)},
+    rules={"e": frames("img")},
+    exchange=("self_attn",),
+)
 PLAN = Plan(
     family="Wan",
-    models=("ldm.wan.model.WanModel",),
-    stacks=(
-        Blocks(
-            path="blocks",
-            tokens={"x": ("img",)},
-            returns=(("img",),),
-            joint=("img",),
-            tables={"freqs": (("img",), 1)},
-            rules={"e": frames("img")},
-            exchange=("self_attn",),
-        ),
-    ),
+    models=tuple(f"ldm.wan.model.{name}" for name in ("WanModel", "CameraWanModel", "SCAILWanModel", "SCAIL2WanModel")),
+    stacks=(BLOCKS,),
     streams=("img",),
     heads="num_heads",
     options=("rope_options",),
+)
+
+
+def decline_vace(model) -> str:
+    """A control block after the last block would be added to tokens that are gathered by then."""
+    return "VACE blocks follow the last block of this Wan VACE" if len(model.blocks) - 1 in model.vace_layers_mapping else ""
+
+
+VACE = replace(
+    PLAN,
+    family="Wan VACE",
+    models=("ldm.wan.model.VaceWanModel",),
+    stacks=(
+        BLOCKS,
+        replace(BLOCKS, path="vace_blocks", tokens={"c": ("img",), "x": ("img",)}, returns=(("img",), ("img",)), side=True),
+    ),
+    options=None,
+    decline=decline_vace,
+)
+# audio belongs to a frame, inside the blocks: shards end where frames do
+HUMO = replace(
+    PLAN,
+    family="Wan HuMo",
+    models=("ldm.wan.model.HumoWanModel",),
+    stacks=(replace(BLOCKS, rules={"e": frames("img"), "audio": per_frame("img", 16)}, units={"img": whole_frames("audio", 16)}),),
+    options=None,
+)
+# between the blocks of these, adapters work on all tokens, frame by frame
+WHOLE = replace(
+    PLAN,
+    models=("ldm.wan.model.WanModel_S2V", "ldm.wan.model_animate.AnimateWanModel", "ldm.wan.model_wandancer.WanDancerModel"),
+    borders="whole",
+    options=None,
 )

@@ -1,0 +1,38 @@
+"""LTX-2: a video and an audio stream that attend to themselves and to each other."""
+
+from .plan import Blocks, Plan
+from .rules import compressed, guide_mask
+
+VIDEO, AUDIO = ("video",), ("audio",)
+
+PLAN = Plan(
+    family="LTX-2",
+    models=("ldm.lightricks.av_model.LTXAVModel",),
+    stacks=(
+        Blocks(
+            path="transformer_blocks",
+            tokens={"x": (VIDEO, AUDIO)},
+            returns=(VIDEO, AUDIO),
+            tables={"v_pe": (VIDEO, 1), "a_pe": (AUDIO, 1), "v_cross_pe": (VIDEO, 1), "a_cross_pe": (AUDIO, 1)},
+            rules={
+                "v_timestep": compressed("video"),
+                "v_cross_scale_shift_timestep": compressed("video"),
+                "v_cross_gate_timestep": compressed("video"),
+                "a_timestep": compressed("audio"),
+                "a_cross_scale_shift_timestep": compressed("audio"),
+                "a_cross_gate_timestep": compressed("audio"),
+                "self_attention_mask": guide_mask,
+            },
+            exchange={
+                "attn1": (VIDEO, VIDEO),
+                "audio_attn1": (AUDIO, AUDIO),
+                "audio_to_video_attn": (VIDEO, AUDIO),
+                "video_to_audio_attn": (AUDIO, VIDEO),
+            },
+        ),
+    ),
+    streams=("video", "audio"),
+    heads="audio_num_attention_heads",
+    patch="patchifier.patch_size",
+    every_rank=("audio",),
+)
