@@ -1,0 +1,112 @@
+"""Calls of a tiny model as stock code makes them, and shared by ranks that are threads: one deep copy of the model each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from unit.fake_comm import fake_meshes, on_ranks
+
+from para_core.attention.choice import Chooser
+from para_core.cache.first_block import Step, chunks
+from para_core.execution.runner import Runner
+from para_core.plans import plan_for
+from para_core.sequence.replace import replace
+from para_core.sequence.solo import SOLO_MESH
+
+OVERRIDE = "optimized_attention_override"
+Result = list[torch.Tensor]
+Call = dict[str, Any]
+
+
+def latents(call: Call) -> list[torch.Tensor]:
+    return call["x"] if isinstance(call["x"], list) else [call["x"]]
+
+
+def later(call: Call, amount: float = 0.3) -> Call:
+    """The same call a step later: other latents, the rest unchanged."""
+    generator = torch.Generator().manual_seed(99)
+    moved = [tensor + amount * torch.randn(tensor.shape, generator=generator) for tensor in latents(call)]
+    return {**call, "x": moved if isinstance(call["x"], list) else moved[0]}
+
+
+def make(function, call: Call, options: dict[str, Any]) -> Any:
+    """A call the way ComfyUI's BaseModel makes it."""
+    rest = copy.deepcopy(call)
+    return function(rest.pop("x"), rest.pop("timestep"), **rest, transformer_options=options)
+
+
+def listed(result: Any) -> Result:
+    return list(result) if isinstance(result, (list, tuple)) else [result]
+
+
+def stock(model: torch.nn.Module, call: Call) -> Result:
+    with torch.inference_mode():
+        return listed(make(model, call, {}))
+
+
+def error(result: Result, expected: Result) -> float:
+    """The largest relative error of any tensor, in the Euclidean norm; infinite for other shapes."""
+    if [tensor.shape for tensor in result] != [tensor.shape for tensor in expected]:
+        return float("inf")
+    pairs = [(one, other) for one, other in zip(result, expected, strict=True) if other.numel()]
+    if not all(one.isfinite().all() for one, _ in pairs):
+        return float("inf")
+    return max(float((one - other).norm() / other.norm()) for one, other in pairs)
+
+
+def shared(
+    model: torch.nn.Module,
+    steps: Sequence[Call],
+    ring: int = 1,
+    ulysses: int = 1,
+    *,
+    thresholds: Sequence[float] | None = None,
+    exchanged: bool = True,
+    whole: bool = False,
+) -> tuple[list[Result], list[bool]]:
+    """The first rank's results of consecutive steps, and which of them were hits; the other ranks must have no results.
+
+    thresholds: of the First Block Cache, one a step (None: no cache). exchanged=False leaves the exchange out. One rank
+    runs on ``model`` itself.
+    """
+    from para_core.comfy import calls
+
+    world = ring * ulysses
+    copies = [copy.deepcopy(model) for _ in range(world)] if world > 1 else [model]
+    meshes = fake_meshes(ring, ulysses) if world > 1 else [SOLO_MESH]
+
+    def work(rank: int) -> tuple[list[Any], list[bool]]:
+        mine, mesh = copies[rank], meshes[rank]
+        plan = plan_for(mine)
+        assert plan is not None
+        runner = Runner(plan, mine, Chooser(None), cached=thresholds is not None)
+        entry, names = getattr(mine, calls.entry(mine)), calls.names(mine)
+        step: Step | None = None
+
+        def run(*args, **kwargs):
+            return runner.run(entry, names, args, kwargs, mesh=mesh, step=step, comm=mesh.sequence, whole=whole)
+
+        undo = replace(mine, calls.entry(mine), run)
+        results, hits = [], []
+        try:
+            for index, call in enumerate(steps):
+                rows = latents(call)[0].shape[0]
+                if thresholds is not None:
+                    keys = list(range(rows))  # as many conditions as rows
+                    step = Step(10.0 - index, thresholds[index], chunks(keys, 1, 0, rows), rows, index > 0, index > 0, 0)
+                options = {OVERRIDE: runner.override} if exchanged else {}
+                results.append(make(mine, call, options))
+                hits.append(runner.cache is not None and runner.cache.hit)
+        finally:
+            undo()
+            runner.remove()
+        return results, hits
+
+    everyone = on_ranks(world, work, [comm for mesh in meshes for comm in (mesh.sequence, mesh.ulysses, mesh.ring)] if world > 1 else [])
+    (results, hits), *others = everyone
+    assert all(result is None for theirs, _ in others for result in theirs)
+    assert all(theirs == hits for _, theirs in others)
+    return [listed(result) for result in results], hits
