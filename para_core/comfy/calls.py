@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -28,14 +28,30 @@ def names(model: torch.nn.Module) -> list[str]:
     return [name for name, parameter in signature.parameters.items() if parameter.kind in kinds][1:]
 
 
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The latent or the result of a model as a list: some work on several latents at once (video and audio)."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def without(call: tuple[tuple, dict[str, Any]], parameters: list[str], paths: Iterable[str]) -> tuple[tuple, dict[str, Any]]:
+    """A call's arguments without the entries that ``paths`` name ("argument.key")."""
+    arguments = Arguments(parameters, call[0], dict(call[1]))
+    for path in paths:
+        name, _, key = path.partition(".")
+        held = arguments.get(name)
+        if isinstance(held, dict):
+            arguments.put(name, {own: value for own, value in held.items() if own != key})
+    return tuple(arguments.args), arguments.kwargs
+
+
 class ModelCall:
-    """A call read by name. ``chunks``: conditions in it, each ``rows // chunks`` batch rows."""
+    """A call read by name. ``chunks``: conditions in it, each ``rows // chunks`` batch rows; ``latents``: one, or several."""
 
     def __init__(self, call: Call, parameters: list[str]):
         self.call, self.parameters = call, parameters
         self.arguments = Arguments(parameters, call.args, call.kwargs)
-        self.x: torch.Tensor = call.args[0]
-        self.rows = self.x.shape[0]
+        self.latents = tensors(call.args[0])
+        self.rows = self.latents[0].shape[0]
         self.options: dict[str, Any] = self.arguments.get("transformer_options") or {}
         self.chunks = max(1, len(self.options.get("cond_or_uncond", ())))
 
@@ -54,7 +70,8 @@ class ModelCall:
         """What must not change between two forwards for one to be reused in the other (rows apart)."""
         context = self.arguments.get("context")
         length = context.shape[1:] if isinstance(context, torch.Tensor) else None
-        return (self.x.shape[1:], self.x.dtype, length, self.rows // self.chunks)
+        latents = tuple((tuple(latent.shape[1:]), latent.dtype) for latent in self.latents)
+        return (latents, length, self.rows // self.chunks)
 
     def with_options(self, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The call's arguments with other transformer options."""

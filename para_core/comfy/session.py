@@ -204,7 +204,7 @@ class Session:
         self.split.stop()
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.forget()
-        needed = max(self.patcher.model.memory_required(list(call.x.shape)) for call in model_calls)
+        needed = max(sum(self.patcher.model.memory_required(list(latent.shape)) for latent in call.latents) for call in model_calls)
         loaded = [
             model
             for model in comfy.model_management.current_loaded_models

@@ -136,6 +136,7 @@ class Split:
         steps, shapes = self._cache_steps(model_calls, shares, degrees)
         graph = session.graph()
         parts = [model_calls[index].part(start, stop, calls.travelling(model_calls[index].options)) for index, start, stop in shares]
+        parts = [calls.without(part, session.names, self.plan.rebuilt) for part in parts]
         order = {
             "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
             "shares": [{"part": part, "cache": step_data(step), "graph": graph} for part, step in zip(parts, steps, strict=True)],
@@ -147,18 +148,29 @@ class Split:
             first = session.runner.run(session.original, session.names, args, kwargs, mesh=mesh, step=steps[0], comm=comm, graph=graph)
             results = [first]
             for replica, (index, start, stop) in enumerate(shares[1:], start=1):
-                shape = (stop - start, first.shape[1], *model_calls[index].x.shape[2:])
-                results.append(group.collect(replica * degrees.sequence, first.new_empty(shape)))
+                results.append(self._collect(replica * degrees.sequence, first, model_calls[index].latents, stop - start))
         # a lost rank has been noticed by now, before its garbage could reach the sampler
         session.forwards += len(model_calls)
         self.used = max(self.used, degrees, key=lambda known: known.world)
         comfy.model_management.throw_exception_if_processing_interrupted()
         session.record(shapes, model_calls[0].sigma)
-        return [torch.cat(results)] if len(model_calls) == 1 and len(results) > 1 else results
+        if len(model_calls) > 1 or len(results) == 1:
+            return results
+        joined = [torch.cat(rows) for rows in zip(*map(calls.tensors, results), strict=True)]
+        return [joined[0] if isinstance(first, torch.Tensor) else joined]
+
+    def _collect(self, rank: int, first: Any, latents: list[torch.Tensor], rows: int) -> Any:
+        """What ``rank`` computed for ``rows`` rows of ``latents``, in the form of this rank's own result ``first``."""
+        own = calls.tensors(first)
+        sides = [(rows, tensor.shape[1], *latent.shape[2:]) for tensor, latent in zip(own, latents, strict=True)]
+        sizes = [math.prod(side) for side in sides]
+        flat = self.group.collect(rank, own[0].new_empty(sum(sizes)))
+        results = [piece.view(side) for piece, side in zip(flat.split(sizes), sides, strict=True)]
+        return results[0] if isinstance(first, torch.Tensor) else results
 
     def _tokens(self, call: ModelCall) -> int:
         """Length of the shortest segment of a call; references and the like, which make the image's longer, are not counted."""
-        sides = call.x.shape[2:]
+        sides = call.latents[0].shape[2:]
         patch = attribute(self.session.model, self.plan.patch)
         patches = [patch] * len(sides) if isinstance(patch, int) else patch
         tokens = math.prod(-(-side // size) for side, size in zip(sides, patches, strict=True))

@@ -54,15 +54,17 @@ class Run:
 
     @torch.inference_mode()
     def forward(self, share: dict[str, Any], mesh: Mesh, comm: Comm) -> torch.Tensor | None:
+        """A replica's result as one flat tensor, on its first rank."""
         args, kwargs = share["part"]
         cache = share["cache"]
         arguments = Arguments(self.names, args, kwargs)
         arguments.put("transformer_options", {**arguments.get("transformer_options"), calls.OVERRIDE: self.runner.override})
         step = None if cache is None else Step(**{**cache, "chunks": tuple(Chunk(*chunk) for chunk in cache["chunks"])})
         args = tuple(arguments.args)
-        return self.runner.run(
+        result = self.runner.run(
             self.function, self.names, args, arguments.kwargs, mesh=mesh, step=step, comm=comm, graph=share["graph"]
         )
+        return None if result is None else torch.cat([tensor.reshape(-1) for tensor in calls.tensors(result)])
 
 
 def serve(channel: Channel, hello: dict[str, Any], leave: Callable[[], None]) -> None:

@@ -34,5 +34,4 @@ PLAN = Plan(
     streams=("video", "audio"),
     heads="audio_num_attention_heads",
     patch="patchifier.patch_size",
-    every_rank=("audio",),
 )

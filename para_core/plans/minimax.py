@@ -20,4 +20,5 @@ PLAN = Plan(
     ),
     streams=("packed",),
     heads="blocks.0.attn.heads",
+    rebuilt=("minimax_payload.layout",),
 )

@@ -98,7 +98,7 @@ class Plan:
         before the next. borders="whole": all of them, for models that mix tokens between blocks.
     final: the submodule that takes the stream after the last block, where stock code slices it by lengths of the cut
         sequence in between; the stream is gathered there.
-    every_rank: segments of which each rank must hold a row (if there are any): stock code asks whether it has some.
+    rebuilt: "argument.key" of what is no plain data in a call and is built by the forward where it is missing.
     decline: decline(model), why this very model cannot be cut, or "".
     """
 
@@ -114,7 +114,7 @@ class Plan:
     regather: Segments = ()
     borders: str = "local"
     final: str = ""
-    every_rank: Segments = ()
+    rebuilt: tuple[str, ...] = ()
     decline: Callable[[Any], str] | None = None
 
     @cached_property

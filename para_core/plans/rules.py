@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .plan import Rule, Segments, Unit
+from .plan import PlanError, Rule, Segments, Unit
 
 if TYPE_CHECKING:
     from ..sequence.cut import Cut
+
+LARGEST_MASK = 4 << 30  # bytes
 
 
 def ranges(segments: Segments, *, shifted_by_local: str | None = None) -> Rule:
@@ -134,10 +136,16 @@ def compressed(segment: str) -> Rule:
 
 
 def guide_mask(cut: Cut, value):
-    """LTX's guide mask, kept in two parts that go with two calls on ranges of queries, as one mask (1, 1, S, S) over all tokens."""
+    """LTX's guide mask, kept in two parts that go with two calls on ranges of queries, as one mask (1, 1, S, S) over all tokens.
+
+    Raises PlanError where that would be huge.
+    """
 
     def dense():
-        total, start, stop = value.noisy_mask.shape[-1], value.guide_start, value.guide_start + value.tracked_count
+        total = value.noisy_mask.shape[-1]
+        if total * total * value.noisy_mask.element_size() > LARGEST_MASK:
+            raise PlanError(f"a mask of guide strengths over {total} tokens would be too large on every GPU")
+        start, stop = value.guide_start, value.guide_start + value.tracked_count
         mask = value.noisy_mask.new_zeros(1, 1, total, total)
         mask[:, :, :start] = value.noisy_mask
         mask[:, :, start:stop] = value.tracked_mask

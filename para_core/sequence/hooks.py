@@ -174,9 +174,9 @@ class Hooks:
             unit = spec.units[segment](block.get, length) if segment in spec.units else 1
             sides = [1 if dim in (spec.batch, spec.dim) else side for dim, side in enumerate(tensor.shape[:-1])]
             cut.measure(segment, length, unit, (math.prod(sides[: spec.dim]), math.prod(sides[spec.dim :])))
-        for segment in self.plan.every_rank:
-            if cut.lengths[segment] and not min(cut.rows[segment]):
-                raise PlanError(f"{cut.lengths[segment]} {segment} tokens of {self.plan.family} are too few for {cut.ranks} ranks")
+        for segment, length in cut.lengths.items():  # stock code infers sizes from others, which an empty shard does not allow
+            if length and not min(cut.rows[segment]):
+                raise PlanError(f"{self.plan.family} has too few rows of {segment} here ({length}) for {cut.ranks} ranks")
         forward.sharded, forward.whole = True, frozenset(spec.segments)
 
     def _cut(self, forward: Forward, spec: Blocks, block: Arguments) -> None:
