@@ -66,10 +66,12 @@ def shared(
     thresholds: Sequence[float] | None = None,
     exchanged: bool = True,
     whole: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> tuple[list[Result], list[bool]]:
     """The first rank's results of consecutive steps, and which of them were hits; the other ranks must have no results.
 
-    thresholds: of the First Block Cache, one a step (None: no cache). exchanged=False leaves the exchange out. One rank
+    thresholds: of the First Block Cache, one a step (None: no cache). exchanged=False leaves the exchange out;
+    whole makes tokens whole between blocks; options: more transformer options. One rank
     runs on ``model`` itself.
     """
     from para_core.comfy import calls
@@ -97,8 +99,8 @@ def shared(
                 if thresholds is not None:
                     keys = list(range(rows))  # as many conditions as rows
                     step = Step(10.0 - index, thresholds[index], chunks(keys, 1, 0, rows), rows, index > 0, index > 0, 0)
-                options = {OVERRIDE: runner.override} if exchanged else {}
-                results.append(make(mine, call, options))
+                override = {OVERRIDE: runner.override} if exchanged else {}
+                results.append(make(mine, call, {**(options or {}), **override}))
                 hits.append(runner.cache is not None and runner.cache.hit)
         finally:
             undo()

@@ -46,6 +46,13 @@ def seeded(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def built(kind: type, **config: Any) -> torch.nn.Module:
+    """A model that remembers how it was built, for what builds it again."""
+    model = kind(**config, **settings())
+    model.tiny_config = config
+    return model
+
+
 def residuals(kinds: dict[str, list[bool]], rows: int, width: int = WIDTH, batch: int = 2) -> dict[str, list]:
     """What ControlNets hand over: residuals for some blocks."""
     return {
@@ -84,7 +91,7 @@ def flux(*, second: bool = False, batch: int = 2, control: bool = False, **extra
     )
     if second:
         params.update(global_modulation=True, mlp_silu_act=True, ops_bias=False)
-    model = Flux(image_model="flux", **fields(FluxParams, params), **settings())
+    model = built(Flux, image_model="flux", **fields(FluxParams, params))
     call = dict(
         x=noise(batch, 16, 9, 7) if second else noise(batch, 16, 10, 14),
         timestep=times(batch),
@@ -122,11 +129,11 @@ def chroma(*, radiance: bool = False, control: bool = False) -> Tiny:
         nerf = dict(nerf_hidden_size=16, nerf_mlp_ratio=2, nerf_depth=1, nerf_max_freqs=4, nerf_tile_size=0)
         nerf |= dict(nerf_final_head_type="linear", nerf_embedder_dtype=torch.float32, use_x0=False)
         params |= dict(vec_in_dim=None, txt_ids_dims=[], use_sequential_txt_ids=False)
-        model = ChromaRadiance(in_channels=3, out_channels=3, patch_size=4, **params, **nerf, **settings())
+        model = built(ChromaRadiance, in_channels=3, out_channels=3, patch_size=4, **params, **nerf)
         return seeded(model), dict(x=noise(2, 3, 20, 28), **call)
     from comfy.ldm.chroma.model import Chroma
 
-    model = Chroma(in_channels=64, out_channels=64, patch_size=2, txt_ids_dims=[], vec_in_dim=None, **params, **settings())
+    model = built(Chroma, in_channels=64, out_channels=64, patch_size=2, txt_ids_dims=[], vec_in_dim=None, **params)
     if control:
         call["control"] = residuals(BOTH, 35)
     return seeded(model), dict(x=noise(2, 16, 10, 14), **call)
@@ -156,7 +163,7 @@ def hunyuan(*, batch: int = 2, newer: bool = False, control: bool = False, **ext
         vision_in_dim=20 if newer else None,
         meanflow_sum=False,
     )
-    model = HunyuanVideo(image_model="hunyuan_video", **fields(HunyuanVideoParams, params), **settings())
+    model = built(HunyuanVideo, image_model="hunyuan_video", **fields(HunyuanVideoParams, params))
     call = dict(
         x=noise(batch, 16, 3, 5, 7) if newer else noise(batch, 16, 3, 6, 10),
         timestep=times(batch, 1000),
@@ -175,7 +182,8 @@ def hunyuan(*, batch: int = 2, newer: bool = False, control: bool = False, **ext
 def mochi(*, tokens: int = 11) -> Tiny:
     from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmDiTJoint
 
-    model = AsymmDiTJoint(
+    model = built(
+        AsymmDiTJoint,
         depth=3,
         patch_size=2,
         num_heads=HEADS,
@@ -198,7 +206,6 @@ def mochi(*, tokens: int = 11) -> Tiny:
         t5_feat_dim=40,
         t5_token_length=16,
         rope_theta=10000.0,
-        **settings(),
     )
     held = (torch.arange(16)[None] < tokens).repeat(2, 1)
     call = dict(x=noise(2, 12, 3, 6, 10), timestep=times(2), context=noise(2, 16, 40, seed=2), attention_mask=held, num_tokens=tokens)
@@ -208,7 +215,8 @@ def mochi(*, tokens: int = 11) -> Tiny:
 def cogvideox(*, newer: bool = False) -> Tiny:
     from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
 
-    model = CogVideoXTransformer3DModel(
+    model = built(
+        CogVideoXTransformer3DModel,
         num_attention_heads=HEADS,
         attention_head_dim=16,
         in_channels=16,
@@ -223,7 +231,6 @@ def cogvideox(*, newer: bool = False) -> Tiny:
         patch_size_t=2 if newer else None,
         max_text_seq_length=13,
         use_rotary_positional_embeddings=newer,
-        **settings(),
     )
     return seeded(model), dict(x=noise(2, 16, 3, 6, 10), timestep=times(2, 1000), context=noise(2, 13, 40, seed=2))
 
@@ -238,14 +245,14 @@ def wan_call(batch: int = 2, frames: int = 3, **extra: Any) -> dict[str, Any]:
 def wan(model_type: str = "t2v", *, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
     from comfy.ldm.wan.model import WanModel
 
-    return seeded(WanModel(model_type=model_type, **WAN, **(build or {}), **settings())), wan_call(**extra)
+    return seeded(built(WanModel, model_type=model_type, **WAN, **(build or {}))), wan_call(**extra)
 
 
 def wan_class(name: str, *, build: dict[str, Any] | None = None, module: str = "model", **extra: Any) -> Tiny:
     """A subclass of WanModel."""
     import importlib
 
-    model = getattr(importlib.import_module(f"comfy.ldm.wan.{module}"), name)(**WAN | (build or {}), **settings())
+    model = built(getattr(importlib.import_module(f"comfy.ldm.wan.{module}"), name), **WAN | (build or {}))
     if hasattr(model, "motion_encoder"):
         model.motion_encoder = Motion()
     return seeded(model), wan_call(**extra)
@@ -261,7 +268,8 @@ class Motion(torch.nn.Module):
 def minimax(*, condition: bool = False) -> Tiny:
     from comfy.ldm.minimax.model import MiniMaxH3Model
 
-    model = MiniMaxH3Model(
+    model = built(
+        MiniMaxH3Model,
         hidden_size=WIDTH,
         num_layers=3,
         token_refiner_num_layers=1,
@@ -273,7 +281,6 @@ def minimax(*, condition: bool = False) -> Tiny:
         time_embed_hidden_size=48,
         time_embed_dim=24,
         rope_inv_freq_len=2,
-        **settings(),
     )
     payload: dict[str, Any] = {"text_token_tags": torch.tensor([1] * 4 + [0] * 3 + [1] * 4)}
     if condition:
@@ -286,7 +293,8 @@ def minimax(*, condition: bool = False) -> Tiny:
 def qwen(*, control: bool = False, **extra: Any) -> Tiny:
     from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
-    model = QwenImageTransformer2DModel(
+    model = built(
+        QwenImageTransformer2DModel,
         patch_size=2,
         in_channels=64,
         out_channels=16,
@@ -295,7 +303,6 @@ def qwen(*, control: bool = False, **extra: Any) -> Tiny:
         num_attention_heads=HEADS,
         joint_attention_dim=40,
         axes_dims_rope=(4, 6, 6),
-        **settings(),
     )
     call = dict(x=noise(2, 16, 1, 10, 14), timestep=times(2), context=noise(2, 11, 40, seed=2), **extra)
     if control:
@@ -306,7 +313,8 @@ def qwen(*, control: bool = False, **extra: Any) -> Tiny:
 def ltxv(*, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
     from comfy.ldm.lightricks.model import LTXVModel
 
-    model = LTXVModel(
+    model = built(
+        LTXVModel,
         in_channels=16,
         cross_attention_dim=WIDTH,
         attention_head_dim=16,
@@ -315,7 +323,6 @@ def ltxv(*, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
         num_layers=3,
         timestep_scale_multiplier=1000.0,
         **(build or {}),
-        **settings(),
     )
     call = dict(x=noise(2, 16, 3, 3, 5), timestep=times(2)[:, None], context=noise(2, 11, 40, seed=2), attention_mask=None)
     return seeded(model), call | extra
@@ -334,7 +341,8 @@ def keyframes(strength: float | None = None) -> dict[str, Any]:
 def ltxav(*, audio: int = 13, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
     from comfy.ldm.lightricks.av_model import LTXAVModel
 
-    model = LTXAVModel(
+    model = built(
+        LTXAVModel,
         in_channels=16,
         audio_in_channels=128,
         cross_attention_dim=WIDTH,
@@ -347,7 +355,6 @@ def ltxav(*, audio: int = 13, build: dict[str, Any] | None = None, **extra: Any)
         num_layers=3,
         use_middle_indices_grid=True,
         **(build or {}),
-        **settings(),
     )
     for name in [name for name, _ in model.named_children() if name.endswith("connector")]:
         setattr(model, name, None)  # large, and only used on text before sampling
@@ -365,7 +372,8 @@ def sd3(*, twice: bool = False, control: bool = False) -> Tiny:
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 
     embedder = {"target": "torch.nn.Linear", "params": {"in_features": 40, "out_features": 192}}
-    model = OpenAISignatureMMDITWrapper(
+    model = built(
+        OpenAISignatureMMDITWrapper,
         input_size=None,
         patch_size=2,
         in_channels=16,
@@ -377,7 +385,6 @@ def sd3(*, twice: bool = False, control: bool = False) -> Tiny:
         pos_embed_max_size=32,
         qk_norm="rms",
         x_block_self_attn_layers=[0, 1] if twice else [],
-        **settings(),
     )
     call = dict(x=noise(2, 16, 10, 14), timestep=times(2, 1000), context=noise(2, 11, 40, seed=2), y=noise(2, 24, seed=3))
     if control:
@@ -388,7 +395,8 @@ def sd3(*, twice: bool = False, control: bool = False) -> Tiny:
 def lumina(*, z_image: bool = False, batch: int = 2, **extra: Any) -> Tiny:
     from comfy.ldm.lumina.model import NextDiT
 
-    model = NextDiT(
+    model = built(
+        NextDiT,
         patch_size=2,
         in_channels=16,
         dim=288 if z_image else WIDTH,
@@ -406,7 +414,6 @@ def lumina(*, z_image: bool = False, batch: int = 2, **extra: Any) -> Tiny:
         z_image_modulation=z_image,
         pad_tokens_multiple=8 if z_image else None,
         time_scale=1000.0 if z_image else 1.0,
-        **settings(),
     )
     call = dict(x=noise(batch, 16, 10, 14), timestep=times(batch), context=noise(batch, 11, 40, seed=2), num_tokens=11)
     return seeded(model), call | extra
@@ -415,7 +422,8 @@ def lumina(*, z_image: bool = False, batch: int = 2, **extra: Any) -> Tiny:
 def hidream() -> Tiny:
     from comfy.ldm.hidream.model import HiDreamImageTransformer2DModel
 
-    model = HiDreamImageTransformer2DModel(
+    model = built(
+        HiDreamImageTransformer2DModel,
         patch_size=2,
         in_channels=16,
         out_channels=16,
@@ -430,7 +438,6 @@ def hidream() -> Tiny:
         axes_dims_rope=(8, 4, 4),
         max_resolution=(32, 32),
         llama_layers=[0, 1, 2, 0, 1],
-        **settings(),
     )
     call = dict(x=noise(2, 16, 10, 14), timestep=times(2, 1000), y=noise(2, 24, seed=3), context=noise(2, 7, 40, seed=2))
     return seeded(model), call | dict(encoder_hidden_states_llama3=noise(2, 3, 5, 44, seed=4))
@@ -464,8 +471,8 @@ def cosmos_call(**extra: Any) -> dict[str, Any]:
 def predict2(*, extra_positions: bool = False, **extra: Any) -> Tiny:
     from comfy.ldm.cosmos.predict2 import MiniTrainDIT
 
-    model = MiniTrainDIT(
-        pos_emb_learnable=True, extra_per_block_abs_pos_emb=extra_positions, image_model="cosmos_predict2", **COSMOS, **settings()
+    model = built(
+        MiniTrainDIT, pos_emb_learnable=True, extra_per_block_abs_pos_emb=extra_positions, image_model="cosmos_predict2", **COSMOS
     )
     return seeded(model), cosmos_call(**extra)
 
@@ -473,7 +480,8 @@ def predict2(*, extra_positions: bool = False, **extra: Any) -> Tiny:
 def cosmos1() -> Tiny:
     from comfy.ldm.cosmos.model import GeneralDIT
 
-    model = GeneralDIT(
+    model = built(
+        GeneralDIT,
         block_config="FA-CA-MLP",
         block_x_format="THWBD",
         pos_emb_learnable=False,
@@ -482,6 +490,5 @@ def cosmos1() -> Tiny:
         extra_per_block_abs_pos_emb_type="learnable",
         image_model="cosmos",
         **COSMOS,
-        **settings(),
     )
     return seeded(model), cosmos_call(attention_mask=None)
