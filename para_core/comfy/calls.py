@@ -57,9 +57,16 @@ class ModelCall:
 
     @property
     def keys(self) -> list[Hashable]:
-        """What identifies each condition from step to step: its uuid, or its place where a caller sets none."""
+        """What identifies each condition from step to step: its uuid, or its place where a caller sets none.
+
+        Guidance that runs a condition again with blocks patched (skipped, perturbed) asks for another result, so the patches
+        count too, and so does the place of a condition that stands twice in a call.
+        """
         uuids = self.options.get("uuids")
-        return list(uuids) if uuids is not None and len(uuids) == self.chunks else list(range(self.chunks))
+        keys: list[Hashable] = list(uuids) if uuids is not None and len(uuids) == self.chunks else list(range(self.chunks))
+        patched = patches(self.options)
+        marks = [(*patched, *keys[:index].count(key) * ("again",)) for index, key in enumerate(keys)]
+        return [(key, mark) if mark else key for key, mark in zip(keys, marks, strict=True)]
 
     @property
     def sigma(self) -> float:
@@ -103,13 +110,20 @@ def travelling(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in (*CODE, OVERRIDE, "patches", "patches_replace")}
 
 
-def obstacle(options: dict[str, Any]) -> str:
-    """What in ``options`` is code that would have to run on every rank, in words; "" if there is none."""
+def patches(options: dict[str, Any]) -> tuple[tuple[str, str, Hashable, str], ...]:
+    """The functions that patch blocks, each as (kind, name, place among those of the name, title)."""
+    found: list[tuple[str, str, Hashable, str]] = []
     for kind in ("patches", "patches_replace"):
         for name, held in (options.get(kind) or {}).items():
-            functions = list(held.values()) if isinstance(held, dict) else list(held)
-            if functions:
-                return f"the {name} {kind.removesuffix('es').replace('_', ' ')} {title(functions[0])}"
+            places = held.items() if isinstance(held, dict) else enumerate(held)
+            found += [(kind, name, place, title(function)) for place, function in places]
+    return tuple(found)
+
+
+def obstacle(options: dict[str, Any]) -> str:
+    """What in ``options`` is code that would have to run on every rank, in words; "" if there is none."""
+    for kind, name, _, function in patches(options):
+        return f"the {name} {kind.removesuffix('es').replace('_', ' ')} {function}"
     return ""
 
 
