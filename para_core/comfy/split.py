@@ -179,16 +179,18 @@ class Split:
     def _cache_steps(
         self, model_calls: list[ModelCall], shares: list[Share], degrees: Degrees
     ) -> tuple[list[Step | None], dict[Hashable, Hashable]]:
-        """Each replica's cache step, and the shape by condition: it names who computes what where that matters."""
-        placed: Hashable = (degrees, tuple(shares)) if degrees.batch > 1 else degrees
-        shapes: dict[Hashable, Hashable] = {key: (call.shape(), placed) for call in model_calls for key in call.keys}
+        """Each replica's cache step, and the shape by condition: it names who computes which of its rows."""
         offsets = [sum(call.chunks for call in model_calls[:index]) for index in range(len(model_calls))]
-        steps = []
+        owned = []
         for index, start, stop in shares:
             call = model_calls[index]
-            own = chunks(call.keys, call.rows // call.chunks, start, stop, offsets[index])
-            steps.append(self.session.cache_step(shapes, model_calls[0].sigma, own))
-        return steps, shapes
+            owned.append(chunks(call.keys, call.rows // call.chunks, start, stop, offsets[index]))
+        shapes: dict[Hashable, Hashable] = {}
+        for call in model_calls:
+            for key in call.keys:
+                rows = [sum(chunk.stop - chunk.start for chunk in own if chunk.key == key) for own in owned]
+                shapes[key] = (call.shape(), degrees, tuple(rows))
+        return [self.session.cache_step(shapes, model_calls[0].sigma, own) for own in owned], shapes
 
 
 def share(model_calls: list[ModelCall], replicas: int) -> list[Share]:
