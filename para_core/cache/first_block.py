@@ -104,6 +104,7 @@ class FirstBlockCache:
     def begin(self, step: Step | None, comm: Comm | None = None) -> None:
         self.step, self.comm = step, comm
         self.hit, self.changes = False, ()
+        self._first = None
 
     def remove(self) -> None:
         while self._undo:
@@ -180,7 +181,7 @@ class FirstBlockCache:
             output = self._hand_on(spec, Arguments(names, args, kwargs)) if self.hit else original(*args, **kwargs)
             if last and self.tap is not None:
                 self.tap.after_last(self._streams(spec, output, running.cut))
-            elif last:
+            elif last and self._first is not None:  # None where a patch skips the first block
                 self.finish(step, self._streams(spec, output, running.cut))
             return output
 

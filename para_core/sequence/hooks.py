@@ -107,7 +107,7 @@ class Hooks:
         for spec, blocks in found:
             for block in blocks:
                 names = parameters(spec, block)
-                self._handles.append(block.register_forward_pre_hook(self._before(spec, names, block is self.last), with_kwargs=True))
+                self._handles.append(block.register_forward_pre_hook(self._before(spec, names, block), with_kwargs=True))
                 self._handles.append(block.register_forward_hook(self._after(spec, block)))
                 for name in spec.exchange or ():
                     module = attribute(block, name)
@@ -127,7 +127,8 @@ class Hooks:
             handle.remove()
         self._submodules.clear()
 
-    def _before(self, spec: Blocks, names: list[str], last: bool) -> Callable:
+    def _before(self, spec: Blocks, names: list[str], module: torch.nn.Module) -> Callable:
+        last, first = module is self.last, module is self.first
         joints, everything = spec.joints, spec.exchange is None
         tables, rules = list(spec.tables.items()), list(spec.rules.items())
 
@@ -138,6 +139,8 @@ class Hooks:
             cut = forward.cut
             if forward.sharded and (cut.ranks == 1 or (forward.skipping and not last and not spec.side)):
                 return None
+            if cut.ranks == 1 and not first:
+                return None  # a patch skips the first block: there is nothing to cut, and nothing to compare
             block = Arguments(names, args, kwargs)
             if not forward.sharded:
                 self._measure(forward, spec, block)
