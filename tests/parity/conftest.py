@@ -1,10 +1,23 @@
-"""Order of the tests here: those with the same number of ranks together, so that workers are not started over and over."""
+"""Order of the tests here: those with the same number of ranks together, so that workers are not started over and over.
+
+And one thread for the tiny models: with more, threads that wait for a core take longer than the work.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
