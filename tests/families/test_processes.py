@@ -22,6 +22,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mochi": ("GenmoMochi", {"attention_mask": (torch.arange(16)[None] < 11).long()}),
     "sd3.5 medium": ("SD3", {"pooled_output": noise(1, 24, seed=3)}),
     "minimax": ("MiniMaxH3", {}),
+    "cosmos predict2": ("CosmosT2IPredict2", {}),
 }
 
 
@@ -55,9 +56,16 @@ def sample(model: Any, name: str, call: dict[str, Any], cfg: float) -> list[torc
     return list(result.unbind()) if result.is_nested else [result]
 
 
-@pytest.mark.parametrize("parallel", [Parallel(2, batch_degree=1), Parallel(2, batch_degree=2)], ids=["sequence", "batch"])
-@pytest.mark.parametrize("name", MODELS)
-def test_run_over_processes_equals_stock(name: str, parallel: Parallel) -> None:
+SPLITS = {"sequence": Parallel(2, batch_degree=1), "batch": Parallel(2, batch_degree=2)}
+QUICK = [("mochi", "sequence"), ("minimax", "batch")]
+RUNS = [
+    run if run in QUICK else pytest.param(*run, marks=pytest.mark.slow) for run in [(name, split) for name in MODELS for split in SPLITS]
+]
+
+
+@pytest.mark.parametrize("name, split", RUNS)
+def test_run_over_processes_equals_stock(name: str, split: str) -> None:
+    parallel = SPLITS[split]
     model, call = patcher(name)
     expected = sample(model, name, call, 3.0)
     with reports() as lines:
@@ -65,3 +73,14 @@ def test_run_over_processes_equals_stock(name: str, parallel: Parallel) -> None:
     (report,) = lines
     assert report["notes"] == [] and report["degrees"] == ([2, 1, 1] if parallel.batch_degree == 2 else [1, 1, 2])
     assert error(result, expected) < 1e-5 * STEPS * 3
+
+
+def test_forward_that_cannot_be_cut_for_so_many_ranks_is_computed_on_one() -> None:
+    model, call = patcher("cosmos predict2")
+    call["x"] = noise(1, 16, 3, 4, 14)  # two rows of tokens for three ranks
+    expected = sample(model, "cosmos predict2", call, 1.0)
+    with reports() as lines:
+        result = sample(attached(model, Parallel(3)), "cosmos predict2", call, 1.0)
+    (note,) = lines[0]["notes"]
+    assert "Cosmos-Predict2 has too few rows" in note
+    assert error(result, expected) < 1e-5
