@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 TOLERANCE = 1e-5  # relative, per forward, float32
 MARGIN = 1e-3  # changes are compared to this, relative; no change may be nearer than this to the threshold
 
-FLUX, WAN = Job("flux", (9, 14), steps=10), Job("wan", (3, 6, 10), steps=10)
+FLUX, SMALL, WAN = Job("flux", (9, 14), steps=10), Job("flux_small", (9, 14), steps=10), Job("wan", (3, 6, 10), steps=10)
 UNEQUAL = {"cfg": 5.0, "tokens": (11, 7)}
 
 
@@ -49,21 +49,21 @@ def mixed(report: dict[str, Any]) -> None:
 # name: job, threshold, predictor, settings beside the cache's, whether the conditions of a step are decided together
 RUNS: dict[str, tuple[Job, float, str, Parallel, bool]] = {
     "flux": (FLUX, 0.1, "reuse", Parallel(1), False),
-    "flux_taylor": (FLUX, 0.1, "taylor", Parallel(1), False),
+    "flux_taylor": (SMALL, 0.15, "taylor", Parallel(1), False),
     "flux_cfg": (FLUX.but(cfg=5.0), 0.15, "reuse", Parallel(1), False),
-    "flux_cfg_unequal_texts": (FLUX.but(**UNEQUAL), 0.15, "taylor", Parallel(1), False),
-    "flux_heun_taylor": (FLUX.but(sampler="heun", cfg=5.0), 0.15, "taylor", Parallel(1), False),
-    "flux_batch_of_2_cfg": (FLUX.but(cfg=5.0, batch=2), 0.15, "reuse", Parallel(1), False),
+    "flux_cfg_unequal_texts": (SMALL.but(**UNEQUAL), 0.2, "taylor", Parallel(1), False),
+    "flux_heun_taylor": (SMALL.but(sampler="heun", cfg=5.0), 0.2, "taylor", Parallel(1), False),
+    "flux_batch_of_2_cfg": (SMALL.but(cfg=5.0, batch=2), 0.2, "reuse", Parallel(1), False),
     "wan": (WAN, 0.1, "reuse", Parallel(1), False),
     "wan_cfg_taylor": (WAN.but(cfg=5.0), 0.1, "taylor", Parallel(1), False),
     "wan_cfg_unequal_texts": (WAN.but(**UNEQUAL), 0.1, "reuse", Parallel(1), False),
     "flux_over_3": (FLUX, 0.1, "reuse", Parallel(3), False),
-    "flux_ring_of_3_taylor": (FLUX.but(size=(7, 5)), 0.1, "taylor", Parallel(3, ring_degree=3), False),
+    "flux_ring_of_3_taylor": (SMALL.but(size=(7, 5)), 0.2, "taylor", Parallel(3, ring_degree=3), False),
     "flux_cfg_over_3": (FLUX.but(cfg=5.0), 0.15, "reuse", Parallel(3), False),
-    "flux_cfg_unequal_texts_over_3": (FLUX.but(**UNEQUAL), 0.15, "reuse", Parallel(3), False),
-    "flux_cfg_rows_on_2_ranks": (FLUX.but(cfg=5.0), 0.15, "taylor", Parallel(3, batch_degree=2), False),
+    "flux_cfg_unequal_texts_over_3": (SMALL.but(**UNEQUAL), 0.2, "reuse", Parallel(3), False),
+    "flux_cfg_rows_on_2_ranks": (SMALL.but(cfg=5.0), 0.2, "taylor", Parallel(3, batch_degree=2), False),
     "flux_cfg_lanes_on_2_ranks": (FLUX.but(**UNEQUAL), 0.15, "reuse", Parallel(3, batch_degree=2), True),
-    "flux_images_on_3_ranks": (FLUX.but(batch=5), 0.1, "reuse", Parallel(3), False),
+    "flux_images_on_3_ranks": (SMALL.but(batch=5), 0.15, "reuse", Parallel(3), False),
     "flux_cfg_images_on_3_ranks": (FLUX.but(batch=2, cfg=5.0), 0.15, "reuse", Parallel(3, batch_degree=3), False),
     "wan_cfg_over_3": (WAN.but(cfg=5.0), 0.1, "taylor", Parallel(3), False),
     "wan_cfg_lanes_on_2_ranks": (WAN.but(**UNEQUAL), 0.1, "taylor", Parallel(3, batch_degree=2), True),
@@ -93,9 +93,9 @@ def test_without_a_limit_more_of_them_follow_each_other() -> None:
 
 
 @pytest.mark.parametrize("start, end", [(0.3, 1.0), (0.0, 0.4), (0.2, 0.6)])
-@pytest.mark.parametrize("kind", ["flux", "wan"])
+@pytest.mark.parametrize("kind", ["flux_small", "wan"])
 def test_hits_only_between_start_and_end_percent(kind: str, start: float, end: float) -> None:
-    model, job = load(kind), {"flux": FLUX, "wan": WAN}[kind]
+    model, job = load(kind), {"flux_small": SMALL, "wan": WAN}[kind]
     first, last = (float(model.get_model_object("model_sampling").percent_to_sigma(percent)) for percent in (start, end))
     report = check(model, job, Reference(0.2, first, last), Cache(0.2, start, end))
     sigmas = [sigma for sigma, _, hit in report["changes"] if hit]
@@ -114,7 +114,7 @@ def test_a_cache_that_is_off_leaves_stock_alone(off: Cache) -> None:
 
 @pytest.mark.parametrize("predictor", ["reuse", "taylor"])
 @pytest.mark.parametrize(
-    "job", [FLUX.but(batch=2), FLUX.but(**UNEQUAL), WAN.but(cfg=5.0), WAN.but(sampler="heun")], ids=["flux", "unequal", "wan", "heun"]
+    "job", [FLUX.but(batch=2), SMALL.but(**UNEQUAL), WAN.but(cfg=5.0), WAN.but(sampler="heun")], ids=["flux", "unequal", "wan", "heun"]
 )
 def test_a_threshold_that_never_hits_is_bit_identical(job: Job, predictor: str) -> None:
     model = load(job.kind)
@@ -124,18 +124,18 @@ def test_a_threshold_that_never_hits_is_bit_identical(job: Job, predictor: str) 
 
 # -- fresh runs -------------------------------------------------------------------------------------------------------
 
-PASSES = [FLUX, FLUX.but(seed=7, denoise=0.6), FLUX.but(size=(14, 21), denoise=0.6), FLUX.but(batch=2), FLUX.but(cfg=5.0), FLUX]
+PASSES = [SMALL, SMALL.but(seed=7, denoise=0.6), SMALL.but(size=(14, 21), denoise=0.6), SMALL.but(batch=2), SMALL.but(cfg=5.0), SMALL]
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_runs_after_other_runs_decide_as_if_alone(ranks: int) -> None:
     """A second sampler, a hires pass, another batch size and another cfg, all with one patched model."""
-    patched = inprocess.attached(load("flux"), Cache(0.1), Parallel(ranks))
+    patched = inprocess.attached(load("flux_small"), Cache(0.2), Parallel(ranks))
     with inprocess.reports() as lines:
         results = [sample(patched, job) for job in PASSES]
     for job, result, report in zip(PASSES, results, lines, strict=True):
-        reference = Reference(0.1)
-        assert error(result, sample(reference.attach(load("flux")), job)) < TOLERANCE * job.steps
+        reference = Reference(0.2)
+        assert error(result, sample(reference.attach(load("flux_small")), job)) < TOLERANCE * job.steps
         compare(report, reference)
         assert report["ranks"] == ranks
     assert torch.equal(results[0], results[-1]) and lines[0]["changes"] == lines[-1]["changes"]
@@ -151,9 +151,9 @@ def test_two_models_in_turn_keep_their_caches_apart(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["one by one", "turn about"])
-@pytest.mark.parametrize("ranks, threshold", [(1, 0.15), (3, 0.15)])
-def test_state_is_kept_by_condition_whether_batched_or_not(monkeypatch, ranks: int, threshold: float, pattern: str) -> None:
-    model, job = load("flux"), FLUX.but(cfg=5.0)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_state_is_kept_by_condition_whether_batched_or_not(monkeypatch, ranks: int, pattern: str) -> None:
+    model, job, threshold = load("flux_small"), SMALL.but(cfg=5.0), 0.2
     base = model.model
     room, scarce = base.memory_required, lambda *_args, **_kwargs: float("inf")
     first = scarce if pattern == "one by one" else room
@@ -198,8 +198,8 @@ def reversed_on_odd_steps(model: Any) -> Any:
 @pytest.mark.parametrize("unequal", [False, True], ids=["batched", "one_by_one"])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_state_is_kept_by_condition_in_whichever_order_they_come(ranks: int, unequal: bool) -> None:
-    job = FLUX.but(**UNEQUAL) if unequal else FLUX.but(cfg=5.0)
-    report = check(reversed_on_odd_steps(load("flux")), job, Reference(0.15), Cache(0.15), Parallel(ranks))
+    job = SMALL.but(**UNEQUAL) if unequal else SMALL.but(cfg=5.0)
+    report = check(reversed_on_odd_steps(load("flux_small")), job, Reference(0.2), Cache(0.2), Parallel(ranks))
     mixed(report)
 
 
@@ -207,10 +207,10 @@ def test_state_is_kept_by_condition_in_whichever_order_they_come(ranks: int, une
 @pytest.mark.parametrize("ranks", [2])
 def test_conditions_that_change_places_under_the_batch_split_start_cold(ranks: int, unequal: bool) -> None:
     """What one rank remembers of a condition is of no use to another, so nothing is reused, and nothing goes wrong."""
-    model, job = reversed_on_odd_steps(load("flux")), FLUX.but(**UNEQUAL) if unequal else FLUX.but(cfg=5.0)
+    model, job = reversed_on_odd_steps(load("flux_small")), SMALL.but(**UNEQUAL) if unequal else SMALL.but(cfg=5.0)
     result, report = run(model, job, Cache(0.9), Parallel(ranks, batch_degree=2))
     assert report["notes"] == [] and report["degrees"] == [2, 1, 1] and report["cached"] == 0
-    assert error(result, sample(load("flux"), job)) < TOLERANCE * report["forwards"]
+    assert error(result, sample(load("flux_small"), job)) < TOLERANCE * report["forwards"]
 
 
 # -- what other code does to a run ------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def smaller_from(model: Any, sigma: float) -> Any:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_shape_that_changes_in_mid_run_starts_cold(ranks: int) -> None:
-    report = check(smaller_from(load("flux"), 0.8), FLUX, Reference(0.2), Cache(0.2), Parallel(ranks))
+    report = check(smaller_from(load("flux_small"), 0.8), SMALL, Reference(0.2), Cache(0.2), Parallel(ranks))
     cold = [index for index, (_, changes, _) in enumerate(report["changes"]) if changes == [None]]
     assert len(cold) == 2 and cold[0] == 0
     assert any(hit for *_, hit in report["changes"][cold[1] :]), "and hits again later"
@@ -245,15 +245,15 @@ def control(strength: float) -> dict[str, Any]:
     class FixedControl(comfy.controlnet.ControlBase):
         def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
             rows = -(-x_noisy.shape[-2] // 2) * -(-x_noisy.shape[-1] // 2)
-            residual = [strength * noise(x_noisy.shape[0], rows, 384, seed=seed) for seed in range(4)]
+            residual = [strength * noise(x_noisy.shape[0], rows, 128, seed=seed) for seed in range(4)]
             return {"input": residual[:2], "output": [None, residual[2], None, residual[3]]}
 
     return {"control": FixedControl()}
 
 
-@pytest.mark.parametrize("ranks, cfg, threshold", [(1, 1.0, 0.12), (1, 5.0, 0.2), (3, 1.0, 0.12)])
+@pytest.mark.parametrize("ranks, cfg, threshold", [(1, 1.0, 0.2), (1, 5.0, 0.25), (3, 1.0, 0.2)])
 def test_control_residuals_are_not_counted_twice_on_a_hit(ranks: int, cfg: float, threshold: float) -> None:
-    model, job = load("flux"), FLUX.but(cfg=cfg)
+    model, job = load("flux_small"), SMALL.but(cfg=cfg)
     extra = control(0.5)
     report = check(model, job, Reference(threshold), Cache(threshold), Parallel(ranks), extra=extra)
     mixed(report)
@@ -263,7 +263,7 @@ def test_control_residuals_are_not_counted_twice_on_a_hit(ranks: int, cfg: float
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_reference_latents_are_part_of_the_compared_stream(ranks: int) -> None:
     extra = {"reference_latents": [noise(1, 16, 6, 5, seed=9)]}
-    mixed(check(load("flux"), FLUX, Reference(0.1), Cache(0.1), Parallel(ranks), extra=extra))
+    mixed(check(load("flux_small"), SMALL, Reference(0.2), Cache(0.2), Parallel(ranks), extra=extra))
 
 
 def skip_layers(model: Any, double: str, single: str = "") -> Any:
@@ -278,13 +278,13 @@ SKIPS = [("1", ""), ("0", ""), ("0, 1", ""), ("", "1, 2"), ("", "3"), ("0", "3")
 
 @pytest.mark.parametrize("double, single", SKIPS)
 def test_foreign_patches_that_skip_blocks_run_and_never_mix_with_the_unskipped_forward(double: str, single: str) -> None:
-    model, job = skip_layers(load("flux"), double, single), FLUX.but(cfg=5.0)
+    model, job = skip_layers(load("flux_small"), double, single), SMALL.but(cfg=5.0)
     expected = sample(model, job)
     result, report = run(model, job, Cache(threshold=1e-9))
     assert torch.equal(result, expected), "never hitting changes nothing"
     assert report["forwards"] == 2 * job.steps
-    result, report = run(model, job, Cache(threshold=0.12))
-    assert result.isfinite().all() and error(result, expected) < 0.1
+    result, report = run(model, job, Cache(threshold=0.2))
+    assert result.isfinite().all() and error(result, expected) < 0.2
     unskipped = [record for record in report["changes"] if len(record[1]) == 2]
     assert len(unskipped) == job.steps
     assert [changes == [None, None] for _, changes, _ in unskipped] == [True] + [False] * (job.steps - 1)

@@ -16,7 +16,11 @@ import torch
 from env import models
 from env.prepare import Environment
 
-FILES = {"flux": models.FLUX_FILE, "wan": models.WAN_FILE, "wan_low_noise": models.WAN_LOW_NOISE_FILE}
+FILES = {
+    "flux": f"diffusion_models/{models.FLUX_FILE}",
+    "flux_small": f"checkpoints/{models.FLUX_CHECKPOINT_FILE}",  # one head: cheap, and no Ulysses
+    "wan": f"diffusion_models/{models.WAN_FILE}",
+}
 LORAS = {"flux": models.FLUX_LORA_FILE, "wan": models.WAN_LORA_FILE}
 _loaded: dict[str, Any] = {}
 
@@ -50,7 +54,7 @@ class Job:
         return replace(self, **changes)
 
     def conditioning(self, seed: int, tokens: int, **extra: Any) -> list:
-        if self.kind == "flux":
+        if self.kind.startswith("flux"):
             pooled = noise(1, models.FLUX_POOLED_WIDTH, seed=seed + 50)
             return [[noise(1, tokens, models.FLUX_TEXT_WIDTH, seed=seed), {"pooled_output": pooled, **extra}]]
         return [[noise(1, tokens, models.WAN_TEXT_WIDTH, seed=seed), dict(extra)]]
@@ -61,7 +65,11 @@ def load(kind: str) -> Any:
     import comfy.sd
 
     if kind not in _loaded:
-        _loaded[kind] = comfy.sd.load_diffusion_model(str(Environment.locate().models / "diffusion_models" / FILES[kind]))
+        file = str(Environment.locate().models / FILES[kind])
+        if file.endswith(models.FLUX_CHECKPOINT_FILE):
+            _loaded[kind] = comfy.sd.load_checkpoint_guess_config(file, output_vae=False, output_clip=False)[0]
+        else:
+            _loaded[kind] = comfy.sd.load_diffusion_model(file)
     return _loaded[kind]
 
 
