@@ -2,9 +2,7 @@
 
 Processes outlive communicators: after a failure the communicator is dropped, the processes that are still well keep
 their weights, and the next run joins them to a new one.
-
-A run lasts from ``form`` to ``end``; within it every worker gives signs of life. The first loss is kept in ``lost``, and
-makes all ranks stop waiting for each other.
+A run lasts from ``form`` to ``end``. The first loss in it is kept in ``lost``, and makes all ranks stop waiting.
 """
 
 from __future__ import annotations
@@ -42,8 +40,7 @@ class GroupError(RuntimeError):
 
 @dataclass
 class Timeouts:
-    """Seconds. ``heartbeat``: silence of a worker during a run after which it counts as hung. ``idle``: without any run,
-    then the workers leave."""
+    """Seconds. ``heartbeat``: silence in a run after which a worker counts as hung. ``idle``: without a run, then they leave."""
 
     start: float = 180.0
     join: float = 60.0
@@ -204,7 +201,9 @@ class Group:
         return self.timeouts.heartbeat if self._running else None
 
     def pause(self) -> float:
-        return min(1.0, self.timeouts.heartbeat / 4) if self._running else max(1.0, self.timeouts.idle / 10)
+        if self._running or not self._unwanted.empty():
+            return min(1.0, self.timeouts.heartbeat / 4)
+        return max(1.0, self.timeouts.idle / 10)
 
     def hear(self, member: Member, kind: str, payload: Any) -> None:
         if kind != "failed":
@@ -238,7 +237,7 @@ class Group:
         if self.lost is None and member in self._members:
             self.lost = f"{member} {what}"
             if self._running:
-                log.warning("%s. The last it printed:\n%s", self.lost, member.process.tail())
+                log.warning("%s. The last it printed:\n%s", self.lost, member.process.tail(40))
             self._abort()
         if kill:
             member.process.kill()
@@ -266,7 +265,7 @@ class Group:
         """No more steps with this communicator: members that wait for this rank are told."""
         self.lost = self.lost or reason
         self._abort()
-        self.end()
+        self._rest()
 
     @contextmanager
     def _shared(self) -> Iterator[None]:
@@ -375,7 +374,12 @@ class Group:
         return result
 
     def end(self) -> None:
-        """The run is over: workers rest."""
+        """The run is over: workers rest, and those that were lost are started again for the next one."""
+        self._rest()
+        if self.lost is not None:
+            self.warm([member.device for member in self._members])
+
+    def _rest(self) -> None:
         self._running = False
         self._last_use = time.monotonic()
         for member in self._members:

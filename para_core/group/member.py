@@ -86,6 +86,6 @@ class Member:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's type and what it says first."""
-    said = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {said[:_LONGEST]}" if said else type(error).__name__
+    """An error's type and what it says first, without a full stop."""
+    said = str(error).strip().partition("\n")[0][:_LONGEST].rstrip(". ")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

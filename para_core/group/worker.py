@@ -104,9 +104,10 @@ class Worker:
 
     def _failed(self, error: Exception) -> None:
         """Report, then let go of the communicator so that nobody waits for this rank: its peers fail later than this is heard."""
-        traceback.print_exception(error, file=sys.stderr)
-        sys.stderr.flush()
         peer = isinstance(error, CommunicationFailed)
+        if not peer:  # what became of a peer is that one's log to tell
+            traceback.print_exception(error, file=sys.stderr)
+            sys.stderr.flush()
         self.channel.tell("failed", {"epoch": self._epoch, "message": one_line(error), "peer": peer})
         self._drop_communicator(abort=True)
         self._drop_runner()
