@@ -25,7 +25,9 @@ PREDICT2 = Plan(
 def decline(model) -> str:
     """Which part of a block attends to all tokens is the checkpoint's choice; all known ones begin with it."""
     kinds = {block.blocks[0].block_type for block in model.blocks.values()}
-    return "" if kinds <= {"FA", "fa", "full_attn"} else "The blocks of this Cosmos model do not begin with full attention"
+    if kinds <= {"FA", "fa", "full_attn"}:
+        return ""
+    return "The blocks of this Cosmos model do not begin with full attention"
 
 
 PREDICT1 = Plan(

@@ -1,4 +1,4 @@
-"""FLUX.1 (dev, schnell, Kontext, Fill) and FLUX.2: double blocks, then single blocks on the joined [text, image] sequence."""
+"""FLUX.1 (dev, schnell, Kontext, Fill) and FLUX.2: double blocks, then single blocks on the joined [text, image]."""
 
 from .plan import Blocks, Plan
 from .rules import ranges

@@ -1,4 +1,4 @@
-"""HiDream-I1: the loop appends fresh text before every block and takes it off again, so text is whole between blocks."""
+"""HiDream-I1: the loop appends fresh text before every block and takes it off again: text is whole between blocks."""
 
 from .plan import Blocks, Plan
 

@@ -1,4 +1,4 @@
-"""Lumina 2, Z-Image and their relatives: text, references and image arrive as one sequence, the refiners have run whole."""
+"""Lumina 2, Z-Image and relatives: text, references and image arrive as one sequence, the refiners have run whole."""
 
 from .plan import Blocks, Plan
 from .rules import spans

@@ -5,12 +5,13 @@ from dataclasses import replace
 from .plan import Blocks, Plan
 from .rules import frames, per_frame, whole_frames
 
+IMG = ("img",)
 BLOCKS = Blocks(
     path="blocks",
-    tokens={"x": ("img",)},
-    returns=(("img",),),
-    joint=("img",),
-    tables={"freqs": (("img",), 1)},
+    tokens={"x": IMG},
+    returns=(IMG,),
+    joint=IMG,
+    tables={"freqs": (IMG, 1)},
     rules={"e": frames("img")},
     exchange=("self_attn",),
 )
@@ -26,7 +27,8 @@ PLAN = Plan(
 
 def decline_vace(model) -> str:
     """A control block after the last block would be added to tokens that are gathered by then."""
-    return "VACE blocks follow the last block of this Wan VACE" if len(model.blocks) - 1 in model.vace_layers_mapping else ""
+    last = len(model.blocks) - 1
+    return "VACE blocks follow the last block of this Wan VACE" if last in model.vace_layers_mapping else ""
 
 
 VACE = replace(
@@ -35,23 +37,24 @@ VACE = replace(
     models=("ldm.wan.model.VaceWanModel",),
     stacks=(
         BLOCKS,
-        replace(BLOCKS, path="vace_blocks", tokens={"c": ("img",), "x": ("img",)}, returns=(("img",), ("img",)), side=True),
+        replace(BLOCKS, path="vace_blocks", tokens={"c": IMG, "x": IMG}, returns=(IMG, IMG), side=True),
     ),
     options=None,
     decline=decline_vace,
 )
+AUDIO = {"audio": per_frame("img", 16)}
 # audio belongs to a frame, inside the blocks: shards end where frames do
 HUMO = replace(
     PLAN,
     family="Wan HuMo",
     models=("ldm.wan.model.HumoWanModel",),
-    stacks=(replace(BLOCKS, rules={"e": frames("img"), "audio": per_frame("img", 16)}, units={"img": whole_frames("audio", 16)}),),
+    stacks=(replace(BLOCKS, rules={**BLOCKS.rules, **AUDIO}, units={"img": whole_frames("audio", 16)}),),
     options=None,
 )
 # between the blocks of these, adapters work on all tokens, frame by frame
 WHOLE = replace(
     PLAN,
-    models=("ldm.wan.model.WanModel_S2V", "ldm.wan.model_animate.AnimateWanModel", "ldm.wan.model_wandancer.WanDancerModel"),
+    models=("wan.model.WanModel_S2V", "wan.model_animate.AnimateWanModel", "wan.model_wandancer.WanDancerModel"),
     borders="whole",
     options=None,
 )
