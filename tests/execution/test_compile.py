@@ -46,6 +46,7 @@ def tiny(comfy):
 
 def runner(family: str, model, *, backend: str = "aot_eager", cached: bool = False):
     from comfy.ldm.modules.attention import optimized_attention
+
     from para_core.attention.choice import Chooser
     from para_core.cache.first_block import FirstBlockCache
     from para_core.execution.compiled import CompiledBlocks
@@ -149,9 +150,10 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is(tiny, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flux", "wan"])
 def test_compiled_blocks_on_two_ranks_equal_stock(comfy, kind):
+    from parity import inprocess
+
     from para_core.comfy.attach import attach
     from para_core.settings import Compile, Parallel
-    from parity import inprocess
 
     model, job = inprocess.load(kind), inprocess.Job(kind, size=(9, 14) if kind == "flux" else (2, 9, 14))
     stock = inprocess.sample(model, job)
