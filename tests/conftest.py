@@ -27,8 +27,11 @@ def comfy() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """One server for the whole session. Tests that stop it, or need flags of their own, start another Server."""
-    with Server() as running:
+    """One server for the whole session. Tests that stop it, or need flags of their own, start another Server.
+
+    One thread a process: with tiny models on few cores, threads that wait for each other cost more than they bring.
+    """
+    with Server(env={"OMP_NUM_THREADS": "1"}) as running:
         yield running
 
 
