@@ -289,6 +289,10 @@ def test_foreign_patches_that_skip_blocks_run_and_never_mix_with_the_unskipped_f
     assert len(unskipped) == job.steps
     assert [changes == [None, None] for _, changes, _ in unskipped] == [True] + [False] * (job.steps - 1)
     assert any(hit for *_, hit in unskipped)
+    skipped = [record for record in report["changes"] if len(record[1]) == 1]
+    assert len(skipped) == job.steps and skipped[0][1:] == [[None], False], "it has a state of its own"
+    if double.startswith("0") or single.endswith("3"):
+        assert all(record[1:] == [[None], False] for record in skipped), "without its first or last block it is never reused"
 
 
 @pytest.mark.parametrize("kind, job", [("wan", WAN)])
