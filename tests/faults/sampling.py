@@ -135,20 +135,34 @@ def check_full(prompt: Prompt) -> Outcome:
 
 
 def at_step(group, number: int, delay: float, action: Callable[[], None]) -> Callable[[], None]:
-    """Have ``action`` happen ``delay`` seconds into the group's next step ``number`` (from 0). Returns how to undo it."""
-    original, seen = group.step, 0
+    """Have ``action`` happen ``delay`` seconds into the group's next step ``number`` (from 0). Returns how to undo it.
+
+    The step after it begins only once it has happened, so that it falls within the run however busy the machine is.
+    """
+    original, seen, timers, happened = group.step, 0, [], threading.Event()
+
+    def act() -> None:
+        action()
+        happened.set()
 
     def step(order):
         nonlocal seen
         if seen == number:
-            timer = threading.Timer(delay, action)
-            timer.daemon = True
-            timer.start()
+            timers.append(threading.Timer(delay, act))
+            timers[-1].daemon = True
+            timers[-1].start()
+        elif seen > number:
+            happened.wait(10)
         seen += 1
         return original(order)
 
+    def undo() -> None:
+        vars(group).pop("step", None)
+        for timer in timers:
+            timer.cancel()
+
     group.step = step
-    return lambda: vars(group).pop("step", None)
+    return undo
 
 
 def scripts() -> Path:

@@ -26,7 +26,7 @@ def test_cancel_at_a_random_moment_ends_the_prompt_and_the_next_one_has_the_same
         at.append(time.monotonic())
         interrupt_current_processing(True)
 
-    undo = at_step(group, dice.randrange(STEPS - 1), dice.uniform(0.0, 0.15), cancel)
+    undo = at_step(group, dice.randrange(STEPS - 1), dice.uniform(0.0, 0.06), cancel)
     model = prepared(prompt)
     with pytest.raises(InterruptProcessingException):
         sample(model, prompt)
