@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
@@ -27,6 +28,9 @@ class ComfyHost:
         patcher = model.build(recipe, weights, device)
         model.apply(patcher, [])
         return patcher
+
+    def free_memory(self, device: torch.device) -> int:
+        return int(comfy.model_management.get_free_memory(device))
 
     def patch(self, patcher, patches: list) -> None:
         model.apply(patcher, patches)

@@ -317,7 +317,10 @@ class Group:
         assert self._comm is not None
         sent = share(tensors, self._comm, self._device)
         for member in self._members:
-            if self._reply(member, "loaded", self.timeouts.load) != sent:
+            reply = self._reply(member, "loaded", self.timeouts.load)
+            for dropped in reply["dropped"]:
+                member.models.pop(dropped, None)
+            if reply["fingerprint"] != sent:
                 self._lose(member, "received other weights than were sent", kill=True)
                 self._check()
             member.models.setdefault(model, content_hash(*encode([])))

@@ -32,6 +32,11 @@ def manifest(tensors: Mapping[str, torch.Tensor]) -> list[list[list[Any]]]:
     return [[[name, list(tensor.shape), tensor.dtype] for name, tensor in bucket.items()] for bucket in buckets(tensors)]
 
 
+def size(expected: list[list[list[Any]]]) -> int:
+    """Bytes of the tensors in a manifest."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for bucket in expected for _, shape, dtype in bucket)
+
+
 def fingerprint(buffer: torch.Tensor) -> int:
     """Sum of a flat uint8 buffer's bytes, read as int64 words where they fit, modulo 2^64."""
     words = buffer[: buffer.numel() // 8 * 8].view(torch.int64)

@@ -20,9 +20,11 @@ from .channel import Channel, ChannelClosed
 from .codec import decode, packed_size, unpack
 from .communicator import CommunicationFailed, Communicator, Meshes
 from .member import one_line
-from .weights import receive
+from .weights import receive, size
 
 BEAT = 0.5  # seconds between signs of life during a run
+
+ROOM = 1.25  # memory that must be free for a new model, as a multiple of its weights
 
 
 class Host(Protocol):
@@ -30,6 +32,9 @@ class Host(Protocol):
 
     def build(self, recipe: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device) -> Any:
         """A model from its recipe and raw weights."""
+
+    def free_memory(self, device: torch.device) -> int:
+        """Bytes that could be allocated on ``device``."""
 
     def patch(self, model: Any, patches: list) -> None:
         """Replace the model's weight patches."""
@@ -154,10 +159,19 @@ class Worker:
 
     def on_model(self, order: dict[str, Any]) -> None:
         """Receive a model; one that is here already is received and dropped, for the sake of the others."""
+        dropped = [] if order["id"] in self._models else self._make_room(size(order["manifest"]))
         weights, fingerprint = receive(order["manifest"], self.comm, self.device)
         if order["id"] not in self._models:
             self._models[order["id"]] = self.host.build(order["recipe"], weights, self.device)
-        self.channel.tell("loaded", fingerprint)
+        self.channel.tell("loaded", {"fingerprint": fingerprint, "dropped": dropped})
+
+    def _make_room(self, needed: int) -> list[int]:
+        """Drop models, least recently used first, until ``needed`` bytes and some for computing are free. Returns their ids."""
+        dropped: list[int] = []
+        while self._models and self.host.free_memory(self.device) < ROOM * needed:
+            dropped.append(next(iter(self._models)))
+            self.on_drop(dropped[-1])
+        return dropped
 
     def on_patches(self, order: dict[str, Any]) -> None:
         self.host.patch(self._models[order["id"]], order["patches"])
@@ -170,6 +184,7 @@ class Worker:
             torch.cuda.empty_cache()
 
     def on_begin(self, run: dict[str, Any]) -> None:
+        self._models[run["model"]] = self._models.pop(run["model"])  # the most recently used one is the last
         self._runner = self.host.begin(self._models[run["model"]], run)
 
     def on_step(self, order: dict[str, Any]) -> None:

@@ -1,0 +1,83 @@
+"""The worker's own decisions, with the program behind it faked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from para_core.group import worker as module
+from para_core.group.worker import Worker
+
+GIB = 2**30
+
+
+class FakeHost:
+    """Models of one GiB each on a device of ``total`` bytes."""
+
+    def __init__(self, total: int):
+        self.total, self.worker = total, None
+
+    def build(self, recipe: dict, weights: dict, device: torch.device) -> str:
+        return f"model {recipe['number']}"
+
+    def free_memory(self, device: torch.device) -> int:
+        return self.total - GIB * len(self.worker._models)
+
+    def begin(self, model: Any, run: dict) -> Any:
+        return None
+
+
+class FakeChannel:
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+
+    def tell(self, kind: str, payload: Any = None) -> None:
+        self.told.append((kind, payload))
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    monkeypatch.setattr(module, "receive", lambda manifest, comm, device: ({}, 7))
+    host, channel = FakeHost(total=int(3.3 * GIB)), FakeChannel()
+    found = Worker(channel, host, torch.device("cpu"), lambda: None)
+    found._comm = object()
+    host.worker = found
+    return found
+
+
+def load(worker: Worker, number: int) -> list[int]:
+    """Models that made room for this one."""
+    order = {"id": number, "recipe": {"number": number}, "manifest": [[["weight", [GIB // 4], torch.float32]]]}
+    worker.on_model(order)
+    kind, payload = worker.channel.told[-1]
+    assert kind == "loaded" and payload["fingerprint"] == 7
+    return payload["dropped"]
+
+
+def test_models_stay_while_they_fit(worker):
+    assert [load(worker, number) for number in (1, 2, 3)] == [[], [], []]
+    assert list(worker._models) == [1, 2, 3]
+
+
+def test_the_least_recently_used_model_makes_room_and_rank_0_is_told(worker):
+    for number in (1, 2, 3):
+        load(worker, number)
+    worker.on_begin({"model": 1})
+    assert load(worker, 4) == [2]
+    assert list(worker._models) == [3, 1, 4]
+
+
+def test_a_model_that_is_here_already_drops_none(worker):
+    for number in (1, 2, 3):
+        load(worker, number)
+    assert load(worker, 1) == []
+    assert list(worker._models) == [1, 2, 3]
+
+
+def test_a_model_too_large_for_the_device_drops_all_others_and_is_tried(worker):
+    load(worker, 1)
+    worker.host.total = GIB // 2
+    assert load(worker, 2) == [1]
+    assert list(worker._models) == [2]
