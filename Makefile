@@ -16,7 +16,7 @@ test-all: lint  ## the same with the slow tests
 	$(RUN) -m pytest tests
 
 bench:          ## cost of hooks, time to a ready group, bytes exchanged
-	$(RUN) tests/bench/bench.py
+	$(RUN) tests/bench/bench.py overhead
 
 lint:
 	$(RUN) -m ruff check .
