@@ -7,7 +7,6 @@ from typing import Any
 import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..log import log
 from ..settings import Attention, Cache, Compile, Parallel
 from . import sidecars
 from .session import KEY, sample
@@ -21,7 +20,8 @@ def attach(model: comfy.model_patcher.ModelPatcher, settings: Settings) -> comfy
     found: dict[str, Any] = dict(model.model_options.get(KEY, {}))
     kind = type(settings).__name__
     if kind in found and found[kind] != settings:
-        log.warning("two nodes set %s on this model: the later one wins, %s", kind, settings)
+        sentence = f"Two nodes set {kind} on this model: the later one wins, {settings}."
+        found["notes"] = list(dict.fromkeys([*found.get("notes", []), sentence]))  # said by the run, where it can be seen
     found[kind] = settings
     model.model_options[KEY] = found
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)

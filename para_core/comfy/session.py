@@ -52,17 +52,19 @@ class Session:
         self.patcher = guider.model_patcher
         self.options: dict[str, Any] = guider.model_options
         settings: dict[str, Any] = self.options.get(KEY, {})
+        self.notes = Notes()
+        self.earlier: list[str] = settings.get("notes", [])
         self.parallel: Parallel | None = settings.get("Parallel")
         self.attention: Attention | None = settings.get("Attention")
         self.caching: Cache | None = settings.get("Cache")
         self.compiling: Compile | None = settings.get("Compile")
         self.model: torch.nn.Module = self.patcher.model.diffusion_model
         self.names = calls.names(self.model)
-        self.notes = Notes()
         self.lanes = Lanes()
         self.split: Split | None = None
         self.runner: Runner | None = None
         self.decisions: Decisions | None = None
+        self.chooser: Chooser | None = None
         self.steps, self.forwards, self.seconds = steps, 0, 0.0
         self._undo: list = []
 
@@ -70,9 +72,11 @@ class Session:
 
     def open(self) -> None:
         """Install what the settings ask for and the model allows; say why where it does not."""
+        for sentence in self.earlier:
+            self.notes.say(sentence)
         options = self.options.setdefault("transformer_options", {})
         previous = options.get(calls.OVERRIDE)
-        chooser = Chooser(self.attention.backend if self.attention else None, previous, say=self.notes.say)
+        self.chooser = chooser = Chooser(self.attention.backend if self.attention else None, previous, say=self.notes.say)
         caching = self.caching is not None and self.caching.threshold > 0 and self.caching.max_consecutive_hits != 0
         devices = sidecars.devices(self.parallel, self.patcher.load_device, self.notes.say) if self.parallel else []
         if devices:
@@ -168,6 +172,7 @@ class Session:
             "cached": sum(record.hit for record in records),
             "seconds_per_step": round(self.seconds / max(1, self.steps), 4),
             "changes": [[record.sigma, list(record.changes), record.hit] for record in records],
+            "attention": self.chooser.report() if self.chooser is not None else [],
             "notes": self.notes.said,
         }
 

@@ -1,0 +1,30 @@
+"""What nodes attach, and what the run says about it."""
+
+from __future__ import annotations
+
+from parity import inprocess
+
+
+def test_two_nodes_of_a_kind_leave_the_later_one_and_the_run_says_so_once(comfy):
+    from para_core.comfy.attach import attach
+    from para_core.settings import Cache
+
+    job = inprocess.Job("flux", steps=3)
+    model = attach(attach(attach(inprocess.load("flux"), Cache(0.5)), Cache(1e-9)), Cache(1e-9))
+    with inprocess.reports() as found:
+        latent = inprocess.sample(model, job)
+    (report,) = found
+    assert report["cached"] == 0, "the later threshold never hits"
+    assert inprocess.error(latent, inprocess.sample(inprocess.load("flux"), job)) == 0.0
+    (note,) = report["notes"]
+    assert "the later one wins" in note and "1e-09" in note
+
+
+def test_the_report_names_the_attention_kernel_that_ran(comfy):
+    from para_core.comfy.attach import attach
+    from para_core.settings import Attention
+
+    with inprocess.reports() as found:
+        inprocess.sample(attach(inprocess.load("flux"), Attention("exact")), inprocess.Job("flux"))
+    (report,) = found
+    assert any(line.startswith("pytorch: ") for line in report["attention"])
