@@ -79,11 +79,12 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, scale, run: int, 
 class CompiledBlocks:
     """Compiled forwards on the blocks of ``hooks``; ``remove()`` deletes them. ``option``: the options key of an override.
 
-    A call that cannot be compiled runs as it is from then on; ``failure`` says why.
+    A block that cannot be compiled runs as it is, and so do all from then on; ``say`` hears why, and ``failure`` keeps it.
     """
 
-    def __init__(self, hooks: Hooks, attend: Attend, option: str, *, backend: str = "inductor"):
+    def __init__(self, hooks: Hooks, attend: Attend, option: str, say: Callable[[str], None], *, backend: str = "inductor"):
         self.failure: str | None = None
+        self._say = say
         self._undo: list[Callable[[], None]] = []
         self._number = number(attend)
         self._attend = attend  # keeps its number
@@ -119,7 +120,8 @@ class CompiledBlocks:
                 try:
                     return compiled(block, *args, **kwargs)
                 except torch._dynamo.exc.TorchDynamoException as error:
-                    self.failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                    self.failure = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                    self._say(f"Blocks run as they are, because {type(block).__name__} could not be compiled: {self.failure}")
             return type(block).forward(block, *args, **kwargs)
 
         return forward

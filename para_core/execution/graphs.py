@@ -15,7 +15,6 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..cache.first_block import FirstBlockCache
-from ..log import log
 
 LIMIT = 4  # captures alive at once; each holds the activations of its shape
 WARM = 1  # forwards of a shape before it is captured: libraries initialise and kernels are compiled in them
@@ -85,7 +84,8 @@ class Graphs:
     ordinary forward would, so one that cannot capture still fits the others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
         self.captures: OrderedDict[Hashable, Capture] = OrderedDict()
         self.replays = 0
         self.failure: str | None = None
@@ -111,7 +111,7 @@ class Graphs:
                 capture = self._capture(key, call, leaves, tree, cache)
             except RuntimeError as error:
                 self.failure = str(error).splitlines()[0]
-                log.warning("this run goes on without CUDA graphs: %s", self.failure)
+                self._say(f"This run goes on without CUDA graphs: {self.failure}")
                 torch.cuda.synchronize()
                 return call(*args, **kwargs)
         self.captures.move_to_end(key)

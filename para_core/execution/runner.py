@@ -93,9 +93,9 @@ class Runner:
     ):
         self.hooks = Hooks(plan, model)
         self.override = AttentionOverride(chooser, self.hooks, stock)
-        self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE) if compiled and plan.options is not None else None
+        self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE, chooser.say) if compiled and plan.options is not None else None
         self.cache = FirstBlockCache(self.hooks) if cached else None
-        self.graphs = Graphs()
+        self.graphs = Graphs(chooser.say)
 
     def remove(self) -> None:
         """Leave the model as it was."""
