@@ -1,28 +1,30 @@
 """FLUX.1 (dev, schnell, Kontext, Fill) and FLUX.2: double blocks, then single blocks on the joined [text, image]."""
 
-from .plan import Blocks, Plan
+from collections.abc import Mapping
+
+from .plan import Blocks, Plan, Rule
 from .rules import ranges
+
+Rules = Mapping[str, Rule]
+
+
+def stacks(*, image: Rules | None = None, joined: Rules | None = None) -> tuple[Blocks, Blocks]:
+    """FLUX's two lists of blocks, which several families build on; ``image``, ``joined``: their rules."""
+    both = ("txt", "img")
+    tables = {"pe": (both, 2)}
+    tokens = {"img": ("img",), "txt": ("txt",)}
+    return (
+        Blocks(path="double_blocks", tokens=tokens, returns=(("img",), ("txt",)), joint=both, tables=tables, rules=image or {}),
+        Blocks(path="single_blocks", tokens={"x": both}, returns=(both,), joint=both, tables=tables, rules=joined or {}),
+    )
+
 
 PLAN = Plan(
     family="FLUX",
     models=("ldm.flux.model.Flux",),
-    stacks=(
-        Blocks(
-            path="double_blocks",
-            tokens={"img": ("img",), "txt": ("txt",)},
-            returns=(("img",), ("txt",)),
-            joint=("txt", "img"),
-            tables={"pe": (("txt", "img"), 2)},
-            rules={"modulation_dims_img": ranges(("img",))},
-        ),
-        Blocks(
-            path="single_blocks",
-            tokens={"x": ("txt", "img")},
-            returns=(("txt", "img"),),
-            joint=("txt", "img"),
-            tables={"pe": (("txt", "img"), 2)},
-            rules={"modulation_dims": ranges(("txt", "img"), shifted_by_local="txt")},
-        ),
+    stacks=stacks(
+        image={"modulation_dims_img": ranges(("img",))},
+        joined={"modulation_dims": ranges(("txt", "img"), shifted_by_local="txt")},
     ),
     streams=("img",),
     heads="num_heads",

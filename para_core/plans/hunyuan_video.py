@@ -2,7 +2,8 @@
 
 import inspect
 
-from .plan import Blocks, Plan
+from .flux import stacks
+from .plan import Plan
 from .rules import ranges
 
 
@@ -15,23 +16,9 @@ def decline(model) -> str:
 PLAN = Plan(
     family="HunyuanVideo",
     models=("ldm.hunyuan_video.model.HunyuanVideo",),
-    stacks=(
-        Blocks(
-            path="double_blocks",
-            tokens={"img": ("img",), "txt": ("txt",)},
-            returns=(("img",), ("txt",)),
-            joint=("txt", "img"),
-            tables={"pe": (("txt", "img"), 2)},
-            rules={"modulation_dims_img": ranges(("img",))},
-        ),
-        Blocks(
-            path="single_blocks",
-            tokens={"x": ("txt", "img")},
-            returns=(("txt", "img"),),
-            joint=("txt", "img"),
-            tables={"pe": (("txt", "img"), 2)},
-            rules={"modulation_dims": ranges(("txt", "img"))},  # stock code counts them from the first text token
-        ),
+    stacks=stacks(
+        image={"modulation_dims_img": ranges(("img",))},
+        joined={"modulation_dims": ranges(("txt", "img"))},  # stock code counts them from the first text token
     ),
     streams=("img",),
     heads="num_heads",
