@@ -1,4 +1,4 @@
-"""Which local kernel computes a call: a table now, measurements later; falling back, counting and checking in one place."""
+"""Which local kernel computes a call: by measurement, else by a table; falling back, counting and checking in one place."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .call import Call, StockKernel
 from .kernel import Kernel
 from .masks import as_4d
 from .selfcheck import SelfCheck
+from .timings import Timings
 
 SETTINGS = ("auto", "exact", "pytorch", "cudnn", "flash", "sage", "comfy-kitchen")
 """The values of the node's combo."""
@@ -71,6 +72,8 @@ class Chooser:
     say: Callable[[str], None] = log.warning
     table: Iterable[Backend] = BACKENDS
     order: Order = preferred
+    """Where nothing has been timed."""
+    timings: Timings = field(default_factory=Timings)
     check: SelfCheck = field(default_factory=SelfCheck)
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Calls that went to another backend than wanted: (backend used, why the wanted one could not) -> calls."""
@@ -134,6 +137,18 @@ class Chooser:
         self._decisions.clear()
         self._say_once(f"Attention backend {name} is not used for the rest of this run: {reason}.")
 
+    def measure(self, device: torch.device) -> list[str]:
+        """Time the kernels for the kinds of call that were new in the last forward; later ones go to the fastest."""
+        kinds = self.timings.measure(device)
+        if kinds:
+            self._decisions.clear()
+        return kinds
+
+    def learn(self, table: dict[str, dict[str, float]]) -> None:
+        """Take over times that another rank measured."""
+        self.timings.table.update(table)
+        self._decisions.clear()
+
     def exclude(self, decision: Decision, backend: Backend, reason: str) -> None:
         """``backend`` failed on such a call: pass it over for this kind of call."""
         decision.candidates.remove(backend)
@@ -157,7 +172,8 @@ class Chooser:
         # Whoever names an exact kernel does not want a quantising one in its place.
         exact_only = self.setting == "exact" or any(self._table[name].exact for name in explicit if name in self._table)
         decision = Decision(request)
-        for name in dict.fromkeys((*explicit, *self.order(request), "pytorch")):
+        order = (self.timings.ranked(request) if len(explicit) == 0 else None) or self.order(request)
+        for name in dict.fromkeys((*explicit, *order, "pytorch")):
             backend = self._table.get(name)
             if backend is None or (exact_only and not backend.exact):
                 continue

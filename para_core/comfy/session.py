@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.samplers
+import folder_paths
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..attention.choice import Chooser
+from ..attention.timings import Timings
 from ..cache.first_block import Step, chunks
 from ..cache.predictor import ORDERS
 from ..cache.rule import Decisions, Window
@@ -76,7 +79,8 @@ class Session:
             self.notes.say(sentence)
         options = self.options.setdefault("transformer_options", {})
         previous = options.get(calls.OVERRIDE)
-        self.chooser = chooser = Chooser(self.attention.backend if self.attention else None, previous, say=self.notes.say)
+        backend = self.attention.backend if self.attention else None
+        self.chooser = chooser = Chooser(backend, previous, say=self.notes.say, timings=remembered(self.patcher.load_device))
         caching = self.caching is not None and self.caching.threshold > 0 and self.caching.max_consecutive_hits != 0
         devices = sidecars.devices(self.parallel, self.patcher.load_device, self.notes.say) if self.parallel else []
         if devices:
@@ -86,10 +90,10 @@ class Session:
                 devices = []
         if caching or devices or self.compiling is not None and self.compiling.mode != "off":
             self._install(chooser, caching, devices)
-        if self.runner is not None:
-            options[calls.OVERRIDE] = self.runner.override
-        elif self.attention is not None:
-            options[calls.OVERRIDE] = AttentionOverride(chooser, None)
+        if self.runner is not None or self.attention is not None:
+            options[calls.OVERRIDE] = self.runner.override if self.runner is not None else AttentionOverride(chooser, None)
+            self.original = getattr(self.model, calls.entry(self.model))
+            self._undo.append(replace(self.model, calls.entry(self.model), self.forward))
 
     def _obstacle(self, options: dict[str, Any], previous) -> str:
         """Why this run cannot be split, whatever the model; "" if it can."""
@@ -125,8 +129,6 @@ class Session:
             self._undo.append(self.split.stop)
             for kind, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
                 add_wrapper_with_key(kind, KEY, wrapper, self.options, is_model_options=True)
-        self.original = getattr(self.model, calls.entry(self.model))
-        self._undo.append(replace(self.model, calls.entry(self.model), self.forward))
 
     def _compiles(self, plan: Plan) -> bool:
         """Whether blocks are compiled in this run; what stands against it is said."""
@@ -191,16 +193,27 @@ class Session:
         try:
             if self.split is not None and self.split.active:
                 try:
-                    return self.split.step(model_calls)
+                    results = self.split.step(model_calls)
+                    self.time_kernels(self.split)
+                    return results
                 except RankLost as lost:
                     reason = f"The rest of this run is computed on one GPU, because {lost}; the next prompt uses the whole group again."
                 except (KernelBroken, Obstacle, Untransportable) as error:
                     reason = f"The rest of this run is computed on one GPU: {error}."
                 # out here, the failed step's frames no longer hold its memory
                 self.give_up(reason, model_calls)
-            return [self.sound(call) for call in model_calls]
+            results = [self.sound(call) for call in model_calls]
+            self.time_kernels()
+            return results
         finally:
             self.seconds += time.perf_counter() - started
+
+    def time_kernels(self, split: Split | None = None) -> None:
+        """Between two forwards: time attention kernels for the kinds of call that were new, and let the other ranks know."""
+        if self.chooser is not None and self.chooser.timings.pending:
+            kinds = (self.runner or self.chooser).measure(self.patcher.load_device)
+            if split is not None:
+                split.kernels = {kind: self.chooser.timings.table[kind] for kind in kinds}
 
     def give_up(self, reason: str, model_calls: list[ModelCall]) -> None:
         """Go on with one rank: the cache starts cold, and ComfyUI is asked for the memory of whole steps."""
@@ -234,7 +247,8 @@ class Session:
     def alone(self, call: ModelCall) -> Any:
         """One call on this rank, through the cache if there is one."""
         self.forwards += 1
-        assert self.runner is not None
+        if self.runner is None:
+            return self.plain(call)
         if self.decisions is None:
             return self.runner.run(self.original, self.names, call.call.args, call.call.kwargs, mesh=SOLO_MESH, graph=self.graph())
         shapes = {key: call.shape() for key in call.keys}
@@ -242,6 +256,15 @@ class Session:
         args, kwargs = call.call.args, call.call.kwargs
         result = self.runner.run(self.original, self.names, args, kwargs, mesh=SOLO_MESH, step=step, graph=self.graph())
         self.record(shapes, call.sigma)
+        return result
+
+    def plain(self, call: ModelCall) -> Any:
+        """One call of a model whose blocks nothing is known of: only its attention is ours."""
+        assert self.chooser is not None
+        self.chooser.begin_forward()
+        result = self.original(*call.call.args, **call.call.kwargs)
+        if not self.chooser.end_forward():
+            raise KernelBroken("an attention kernel gave NaN or infinity")
         return result
 
     def cache_step(self, shapes: dict[Hashable, Hashable], sigma: float, own: tuple) -> Step | None:
@@ -257,6 +280,15 @@ class Session:
         """Keep what the cache did in the step that has just run."""
         if self.decisions is not None and self.runner is not None and self.runner.cache is not None:
             self.decisions.record(shapes, sigma, self.runner.cache.changes, self.runner.cache.hit)
+
+
+def remembered(device: torch.device) -> Timings:
+    """Times of attention kernels on ``device``, kept in the folder of ComfyUI's user files."""
+    if device.type != "cuda":
+        return Timings()
+    timings = Timings(Path(folder_paths.get_user_directory()) / "paradit" / "attention-kernels.json")
+    timings.load(device)
+    return timings
 
 
 def summary(report: dict[str, Any]) -> str:

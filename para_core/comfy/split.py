@@ -43,6 +43,8 @@ class Split:
         self.group = sidecars.group()
         self.active = False
         self.used = Degrees()
+        self.kernels: dict[str, dict[str, float]] = {}
+        """Times of attention kernels that the next step tells the other ranks."""
         self._heads = attribute(session.model, plan.heads)
         self._degrees: dict[tuple[int, int | None], Degrees] = {}
         self._memory_required = None
@@ -59,6 +61,7 @@ class Split:
             self.group.begin(
                 model=sidecars.model_id(session.patcher),
                 attention=session.attention.backend if session.attention else None,
+                kernels=session.chooser.timings.table if session.chooser is not None else {},
                 cached=session.decisions is not None,
                 compiled=session.runner is not None and session.runner.compiled is not None,
             )
@@ -139,8 +142,12 @@ class Split:
         parts = [calls.without(part, session.names, self.plan.rebuilt) for part in parts]
         order = {
             "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
-            "shares": [{"part": part, "cache": step_data(step), "graph": graph} for part, step in zip(parts, steps, strict=True)],
+            "shares": [
+                {"part": part, "cache": step_data(step), "graph": graph, "kernels": self.kernels}
+                for part, step in zip(parts, steps, strict=True)
+            ],
         }
+        self.kernels = {}
         index, start, stop = shares[0]
         args, kwargs = model_calls[index].part(start, stop, model_calls[index].options)
         assert session.runner is not None

@@ -11,6 +11,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ..attention.choice import Chooser
+from ..attention.timings import Timings
 from ..cache.first_block import Chunk, Step
 from ..execution.runner import Runner
 from ..group.channel import Channel
@@ -53,12 +54,14 @@ class Run:
         assert plan is not None, "rank 0 has looked for it"
         self.names = calls.names(diffusion_model)
         self.function = getattr(diffusion_model, calls.entry(diffusion_model))
-        chooser = Chooser(run["attention"])
+        chooser = Chooser(run["attention"], timings=Timings(table=run["kernels"]))
         self.runner = Runner(plan, diffusion_model, chooser, cached=run["cached"], compiled=run["compiled"], stock=optimized_attention)
 
     @torch.inference_mode()
     def forward(self, share: dict[str, Any], mesh: Mesh, comm: Comm) -> torch.Tensor | None:
         """A replica's result as one flat tensor, on its first rank."""
+        if share["kernels"]:
+            self.runner.learn(share["kernels"])
         args, kwargs = share["part"]
         cache = share["cache"]
         arguments = Arguments(self.names, args, kwargs)

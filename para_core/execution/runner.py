@@ -106,6 +106,18 @@ class Runner:
             self.compiled.remove()
         self.hooks.remove()
 
+    def measure(self, device: torch.device) -> list[str]:
+        """Time the attention kernels for kinds of call that were new in the last forward. Returns those kinds."""
+        kinds = self.override.chooser.measure(device)
+        if kinds:
+            self.graphs.drop()
+        return kinds
+
+    def learn(self, table: dict[str, dict[str, float]]) -> None:
+        """Choose attention kernels by what another rank has measured."""
+        self.override.chooser.learn(table)
+        self.graphs.drop()
+
     def run(
         self,
         call: Callable,
@@ -155,5 +167,6 @@ class Runner:
         else:
             result = forward(*arguments.args, **arguments.kwargs)
         if not self.override.chooser.end_forward():
+            self.graphs.drop()  # they hold the kernel that has just been replaced
             raise KernelBroken("an attention kernel gave NaN or infinity")
         return result
