@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ MARGIN = 1.02
 WORK = 4e12
 """Floating-point operations of a timed call: longer sequences are timed on fewer heads, to stay well under a second."""
 REPEATS = 5
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Linux: the NVIDIA driver's own words, its version first among the numbers."""
 PACKAGES = ("sageattention", "flash-attn", "comfy-kitchen")
 
 
@@ -47,10 +50,9 @@ def kind(request: Request) -> str:
 
 def environment(device: torch.device) -> str:
     """What a timing depends on beside the kind of call: the GPU, its driver, and the packages that bring kernels."""
-    driver = Path("/proc/driver/nvidia/version")
     words = [torch.cuda.get_device_name(device), f"torch {torch.__version__}", f"cuDNN {torch.backends.cudnn.version()}"]
-    if driver.exists():
-        words.append(f"driver {driver.read_text().splitlines()[0].partition('Module')[2].split()[0]}")
+    if DRIVER.exists() and (found := re.search(r"\d+\.\d+(\.\d+)*", DRIVER.read_text())):
+        words.append(f"driver {found.group()}")
     for package in PACKAGES:
         try:
             words.append(f"{package} {metadata.version(package)}")

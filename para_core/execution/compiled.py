@@ -20,6 +20,7 @@ from ..attention.call import Call
 from ..plans.plan import Blocks, attribute
 from ..sequence.hooks import Hooks
 from ..sequence.replace import replace
+from .rotary import inductor
 
 
 class Attend(Protocol):
@@ -82,7 +83,9 @@ class CompiledBlocks:
     A block that cannot be compiled runs as it is, and so do all from then on; ``say`` hears why, and ``failure`` keeps it.
     """
 
-    def __init__(self, hooks: Hooks, attend: Attend, option: str, say: Callable[[str], None], *, backend: str = "inductor"):
+    def __init__(
+        self, hooks: Hooks, attend: Attend, option: str, say: Callable[[str], None], *, backend: str | Callable = inductor
+    ):
         self.failure: str | None = None
         self._say = say
         self._undo: list[Callable[[], None]] = []

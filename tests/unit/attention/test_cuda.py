@@ -56,10 +56,10 @@ def test_each_installed_kernel_gives_the_formulas_result_for_each_call_it_takes(
         out, lse = backend.run_lse(q, k, v, mask=mask, scale=0.1)
         assert lse.dtype == torch.float32 and torch.equal(lse.isneginf(), exact_lse.isneginf())
         torch.testing.assert_close(lse, exact_lse, rtol=1e-2, atol=3e-2)
-        out = out.masked_fill(lse.isneginf()[..., None], 0)
     else:
         out = backend.run(q, k, v, mask=mask, scale=0.1)
     assert out.shape == q.shape and out.dtype == q.dtype and torch.isfinite(out).all()
+    out = out.masked_fill(exact_lse.isneginf()[..., None], 0)  # rows without keys may hold anything finite
     assert relative(out, exact) < ERROR.get(backend.name, 8e-3)
     assert torch.equal(k, before), "the kernel has changed its input"
 
