@@ -11,9 +11,10 @@ import torch
 from ..execution.runner import OVERRIDE
 from ..sequence.hooks import Arguments
 from ..sequence.rows import take
+from . import windows
 from .lanes import Call
 
-CODE = ("wrappers", "callbacks")  # act outside of the diffusion model, on rank 0 only
+OUTSIDE = ("wrappers", "callbacks", windows.NAME)  # of use outside of the diffusion model, on rank 0 only
 
 
 def entry(model: torch.nn.Module) -> str:
@@ -60,12 +61,12 @@ class ModelCall:
         """What identifies each condition from step to step: its uuid, or its place where a caller sets none.
 
         Guidance that runs a condition again with blocks patched (skipped, perturbed) asks for another result, so the patches
-        count too, and so does the place of a condition that stands twice in a call.
+        count too, and so do the context window, and the place of a condition that stands twice in a call.
         """
         uuids = self.options.get("uuids")
         keys: list[Hashable] = list(uuids) if uuids is not None and len(uuids) == self.chunks else list(range(self.chunks))
-        patched = patches(self.options)
-        marks = [(*patched, *keys[:index].count(key) * ("again",)) for index, key in enumerate(keys)]
+        other = (*patches(self.options), *windows.frames(self.options))
+        marks = [(*other, *keys[:index].count(key) * ("again",)) for index, key in enumerate(keys)]
         return [(key, mark) if mark else key for key, mark in zip(keys, marks, strict=True)]
 
     @property
@@ -74,11 +75,13 @@ class ModelCall:
         return float(sigmas.flatten()[0]) if isinstance(sigmas, torch.Tensor) and sigmas.numel() else 0.0
 
     def shape(self) -> Hashable:
-        """What must not change between two forwards for one to be reused in the other (rows apart)."""
-        context = self.arguments.get("context")
-        length = context.shape[1:] if isinstance(context, torch.Tensor) else None
-        latents = tuple((tuple(latent.shape[1:]), latent.dtype) for latent in self.latents)
-        return (latents, length, self.rows // self.chunks)
+        """What must not change between two forwards for one to be reused in the other: all tensors' shapes, batch rows apart.
+
+        References make the sequence longer, and ControlNet residuals that begin or end are nothing the first block shows.
+        """
+        given = dict(zip(self.parameters, self.call.args, strict=False)) | self.call.kwargs
+        given.pop("transformer_options", None)
+        return (form(given, self.rows), self.rows // self.chunks)
 
     def with_options(self, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The call's arguments with other transformer options."""
@@ -105,9 +108,20 @@ class ModelCall:
         return tuple(arguments.args), arguments.kwargs
 
 
+def form(value: Any, rows: int) -> Hashable:
+    """Shapes and dtypes of all tensors in nested data, without a first dim of ``rows``."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape[1:]) if value.ndim and value.shape[0] == rows else tuple(value.shape), value.dtype)
+    if isinstance(value, dict):
+        return tuple((name, form(item, rows)) for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(form(item, rows) for item in value)
+    return None
+
+
 def travelling(options: dict[str, Any]) -> dict[str, Any]:
-    """The transformer options that other ranks need: everything but code that acts outside, and our own override."""
-    return {name: value for name, value in options.items() if name not in (*CODE, OVERRIDE, "patches", "patches_replace")}
+    """The transformer options that other ranks need: everything but what acts outside, and our own override."""
+    return {name: value for name, value in options.items() if name not in (*OUTSIDE, OVERRIDE, "patches", "patches_replace")}
 
 
 def patches(options: dict[str, Any]) -> tuple[tuple[str, str, Hashable, str], ...]:

@@ -29,7 +29,7 @@ from ..sequence.mesh import Degrees
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
-from . import calls, sidecars
+from . import calls, sidecars, windows
 from .calls import ModelCall
 from .lanes import Call, Lanes
 from .notify import Notes, show
@@ -82,6 +82,10 @@ class Session:
         backend = self.attention.backend if self.attention else None
         self.chooser = chooser = Chooser(backend, previous, say=self.notes.say, timings=remembered(self.patcher.load_device))
         caching = self.caching is not None and self.caching.threshold > 0 and self.caching.max_consecutive_hits != 0
+        moving = windows.moving(self.options) if caching else ""
+        if moving:
+            self.notes.say(f"No step is cached: {moving}.")
+            caching = False
         devices = sidecars.devices(self.parallel, self.patcher.load_device, self.notes.say) if self.parallel else []
         if devices:
             reason = self._obstacle(options, previous)

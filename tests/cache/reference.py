@@ -84,7 +84,8 @@ class Reference:
             if replacement is None:
                 return executor(x, *args, **kwargs)
             return self.hooked(executor, (x, *args), kwargs, text, replacement)
-        keys = list(options["uuids"])
+        window = options.get("context_window")  # a long video in parts: each part of a condition has a memory of its own
+        keys = list(options["uuids"]) if window is None else [(uuid, tuple(window.index_list)) for uuid in options["uuids"]]
         seen = Seen(keys, float(options["sigmas"].flatten()[0]), (x.shape[0] // len(keys), *x.shape[1:]))
         self.seen.append(seen)
         return self.hooked(executor, (x, *args), kwargs, text, seen)

@@ -104,22 +104,38 @@ def test_hits_count_by_condition_and_a_computed_forward_starts_over() -> None:
         {"x": torch.zeros(2, 16, 8, 8, dtype=torch.bfloat16)},
         {"x": torch.zeros(4, 16, 8, 8)},
         {"context": torch.zeros(2, 9, 4)},
+        {"ref_latents": [torch.zeros(2, 16, 4, 8)]},
+        {"ref_latents": [torch.zeros(2, 16, 4, 4)] * 2},
+        {"ref_latents": None},
+        {"control": {"input": [torch.zeros(2, 16, 96)]}},
     ],
-    ids=["size", "dtype", "rows", "text"],
+    ids=["size", "dtype", "rows", "text", "reference size", "one more reference", "no reference", "control begins"],
 )
-def test_another_size_dtype_batch_or_text_length_is_not_comparable(comfy: None, changed: dict[str, torch.Tensor]) -> None:
+def test_a_call_of_other_shapes_is_not_comparable(comfy: None, changed: dict[str, torch.Tensor]) -> None:
     from para_core.comfy.calls import ModelCall
     from para_core.comfy.lanes import Call
 
-    def shape(x: torch.Tensor, context: torch.Tensor):
+    def shape(x: torch.Tensor, context: torch.Tensor, **rest):
         options = {"cond_or_uncond": [0, 1], "uuids": ["a", "b"]}
-        return ModelCall(Call((x, None, context, options), {}), ["x", "timestep", "context", "transformer_options"]).shape()
+        return ModelCall(Call((x, None, context, options), rest), ["x", "timestep", "context", "transformer_options"]).shape()
 
-    plain = {"x": torch.zeros(2, 16, 8, 8), "context": torch.zeros(2, 7, 4)}
+    plain = {"x": torch.zeros(2, 16, 8, 8), "context": torch.zeros(2, 7, 4), "ref_latents": [torch.zeros(2, 16, 4, 4)]}
     decisions = Decisions(Cache(0.1), Window())
     decisions.record({"a": shape(**plain)}, 1.0, (), False)
     assert decisions.known({"a": shape(**plain)})
     assert not decisions.known({"a": shape(**{**plain, **changed})})
+
+
+def test_conditions_in_one_call_and_in_calls_of_their_own_have_the_same_shape(comfy: None) -> None:
+    from para_core.comfy.calls import ModelCall
+    from para_core.comfy.lanes import Call
+
+    def shape(rows: int):
+        options = {"cond_or_uncond": list(range(rows)), "uuids": list(range(rows)), "sigmas": torch.zeros(rows)}
+        rest = {"ref_latents": [torch.zeros(rows, 16, 4, 4)], "y": torch.zeros(rows, 8), "method": "index"}
+        return ModelCall(Call((torch.zeros(rows, 16, 8, 8), options), rest), ["x", "transformer_options"]).shape()
+
+    assert shape(1) == shape(2) == shape(3)
 
 
 def test_window_includes_both_ends() -> None:
