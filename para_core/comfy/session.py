@@ -115,6 +115,9 @@ class Session:
         if plan is None:
             self.notes.say(f"ParaDiT has no plan for {type(self.model).__name__} yet: it runs as ComfyUI runs it, on one GPU.")
             return
+        if not plan.stacks and caching:
+            self.notes.say(f"No step is cached: ParaDiT has no plan for the blocks of {type(self.model).__name__}.")
+            caching = False
         try:
             self.runner = Runner(plan, self.model, chooser, cached=caching, compiled=self._compiles(plan), stock=optimized_attention)
         except PlanError as error:
@@ -129,6 +132,9 @@ class Session:
             )
             self.decisions = Decisions(self.caching, window)
         if devices:
+            if not plan.stacks:
+                name = type(self.model).__name__
+                self.notes.say(f"{name} is not cut: prompts and images of a batch run on several GPUs, one image of one prompt on one.")
             self.split = Split(self, plan, devices)
             self._undo.append(self.split.stop)
             for kind, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):

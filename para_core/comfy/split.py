@@ -45,7 +45,7 @@ class Split:
         self.used = Degrees()
         self.kernels: dict[str, dict[str, float]] = {}
         """Times of attention kernels that the next step tells the other ranks."""
-        self._heads = attribute(session.model, plan.heads)
+        self._heads = attribute(session.model, plan.heads) if plan.stacks else 1
         self._degrees: dict[tuple[int, int | None], Degrees] = {}
         self._memory_required = None
 
@@ -91,9 +91,9 @@ class Split:
             assert asked is not None and self.session.runner is not None
             self._degrees[rows, tokens], note = choose(
                 self.group.size,
-                batch=asked.batch_degree,
-                ring=asked.ring_degree,
-                ulysses=asked.ulysses_degree,
+                batch=asked.batch_degree or (0 if self.plan.stacks else min(rows, self.group.size)),
+                ring=asked.ring_degree if self.plan.stacks else 1,
+                ulysses=asked.ulysses_degree if self.plan.stacks else 1,
                 rows=rows,
                 heads=self._heads,
                 tokens=tokens,
@@ -133,7 +133,8 @@ class Split:
             if code:
                 raise Obstacle(f"{code} exists in ComfyUI's own process only")
         rows = len(model_calls) if len(model_calls) > 1 else model_calls[0].rows
-        degrees = self.degrees(rows, min(self._tokens(call) for call in model_calls), session.notes.say)
+        tokens = min(self._tokens(call) for call in model_calls) if self.plan.stacks else None
+        degrees = self.degrees(rows, tokens, session.notes.say)
         shares = share(model_calls, degrees.batch)
         degrees = replace(degrees, batch=len(shares))
         steps, shapes = self._cache_steps(model_calls, shares, degrees)

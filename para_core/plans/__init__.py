@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import chroma, cogvideox, cosmos, flux, hidream, hunyuan_video, ltxav, ltxv, lumina, minimax, mochi, qwen_image, sd3, wan
+from . import chroma, cogvideox, cosmos, flux, hidream, hunyuan_video, ltxav, ltxv, lumina, minimax, mochi, qwen_image, sd3, wan, whole
 from .plan import Blocks, Plan, PlanError, check
 
 PLANS: tuple[Plan, ...] = (
@@ -24,6 +24,7 @@ PLANS: tuple[Plan, ...] = (
     hidream.PLAN,
     cosmos.PREDICT2,
     cosmos.PREDICT1,
+    whole.PLAN,
 )
 
 __all__ = ["PLANS", "Blocks", "Plan", "PlanError", "check", "plan_for"]

@@ -86,7 +86,8 @@ class Blocks:
 class Plan:
     """How one family is cut.
 
-    models: ends of the full class names it is for. stacks: block lists in the order they run, side lists anywhere.
+    models: ends of the full class names it is for. stacks: block lists in the order they run, side lists anywhere; none
+        where only batch rows can be told apart.
     streams: the segments that are used after the last block (gathered there, and compared by the step cache); the rows of
         other segments are dropped by the model itself. heads: attribute path of the number of attention heads.
     text: argument of the model's forward with the text tokens (dim 1), where they are cut too. patch: attribute path of the
@@ -106,7 +107,7 @@ class Plan:
     models: tuple[str, ...]
     stacks: tuple[Blocks, ...]
     streams: Segments
-    heads: str
+    heads: str = ""
     text: str | None = None
     patch: str = "patch_size"
     control: bool = False
@@ -173,6 +174,6 @@ def check(plan: Plan, model) -> list[tuple[Blocks, list]]:
     reason = plan.decline(model) if plan.decline is not None else ""
     if reason:
         raise PlanError(reason)
-    if sum(len(blocks) for spec, blocks in found if not spec.side) < 2:
+    if plan.stacks and sum(len(blocks) for spec, blocks in found if not spec.side) < 2:
         raise PlanError(f"{type(model).__name__} has fewer than two blocks")
     return found

@@ -101,7 +101,8 @@ class Hooks:
         found = check(plan, model)
         self.stacks = [(spec, blocks) for spec, blocks in found if not spec.side]
         self.sides = [(spec, blocks) for spec, blocks in found if spec.side]
-        self.first, self.last = self.stacks[0][1][0], self.stacks[-1][1][-1]
+        chain = [block for _, blocks in self.stacks for block in blocks] or [None]
+        self.first, self.last = chain[0], chain[-1]
         self._handles: list = []
         self._submodules: list = []
         for spec, blocks in found:

@@ -21,6 +21,10 @@ Result = list[torch.Tensor]
 Call = dict[str, Any]
 
 
+class NoResult(Exception):
+    """Ends a rank's call where a sidecar's ends: what stock code does with the result is done on the first rank only."""
+
+
 def latents(call: Call) -> list[torch.Tensor]:
     return call["x"] if isinstance(call["x"], list) else [call["x"]]
 
@@ -89,10 +93,14 @@ def shared(
         step: Step | None = None
 
         def run(*args, **kwargs):
-            return runner.run(entry, names, args, kwargs, mesh=mesh, step=step, comm=mesh.sequence, whole=whole)
+            result = runner.run(entry, names, args, kwargs, mesh=mesh, step=step, comm=mesh.sequence, whole=whole)
+            if result is None:
+                raise NoResult
+            return result
 
         undo = replace(mine, calls.entry(mine), run)
-        results, hits = [], []
+        results: list[Any] = []
+        hits = []
         try:
             for index, call in enumerate(steps):
                 rows = latents(call)[0].shape[0]
@@ -100,7 +108,10 @@ def shared(
                     keys = list(range(rows))  # as many conditions as rows
                     step = Step(10.0 - index, thresholds[index], chunks(keys, 1, 0, rows), rows, index > 0, index > 0, 0)
                 override = {OVERRIDE: runner.override} if exchanged else {}
-                results.append(make(mine, call, {**(options or {}), **override}))
+                try:
+                    results.append(make(mine, call, {**(options or {}), **override}))
+                except NoResult:
+                    results.append(None)
                 hits.append(runner.cache is not None and runner.cache.hit)
         finally:
             undo()

@@ -10,10 +10,9 @@ import torch
 from para_core.plans import PlanError, check, plan_for
 from para_core.plans.plan import attribute
 
-from . import tiny
 from .cases import CASES
 from .ranks import latents, shared
-from .tiny import Tiny, noise
+from .tiny import Tiny, cogvideox, cosmos, ltx, noise, wan, whole
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -42,13 +41,19 @@ def test_what_the_split_reads_off_a_model_is_there(name: str) -> None:
 
 
 def test_control_blocks_after_the_last_block_are_declined() -> None:
-    model, _ = tiny.wan_class("VaceWanModel", build=dict(vace_layers=4, vace_in_dim=96))
+    model, _ = wan.wan_class("VaceWanModel", build=dict(vace_layers=4, vace_in_dim=96))
     with pytest.raises(PlanError, match="VACE blocks follow the last block"):
         check(*plan_and(model))
 
 
+def test_rows_that_are_frames_of_one_video_are_not_given_to_several_ranks() -> None:
+    with pytest.raises(PlanError, match="batch rows of this U-Net are the frames"):
+        check(*plan_and(whole.unet(video=True)[0]))
+    assert check(*plan_and(whole.unet()[0])) == []
+
+
 def test_missing_lists_and_renamed_arguments_are_declined() -> None:
-    model, _ = tiny.cogvideox()
+    model, _ = cogvideox.cogvideox()
     plan, _ = plan_and(model)
     blocks = model.blocks
     del model.blocks
@@ -65,9 +70,9 @@ def test_missing_lists_and_renamed_arguments_are_declined() -> None:
 
 
 TOO_FEW: dict[str, Callable[[], Tiny]] = {
-    "LTX-2 has too few rows of audio here \\(2\\) for 3 ranks": lambda: tiny.ltxav(audio=2),
-    "Cosmos-Predict2 has too few rows of rows here \\(2\\)": lambda: few(tiny.predict2, x=noise(2, 16, 3, 4, 14)),
-    "Wan HuMo has too few rows of img": lambda: tiny.wan_class("HumoWanModel", frames=2, audio_embed=noise(2, 2, 8, 5, 1280, seed=3)),
+    "LTX-2 has too few rows of audio here \\(2\\) for 3 ranks": lambda: ltx.ltxav(audio=2),
+    "Cosmos-Predict2 has too few rows of rows here \\(2\\)": lambda: few(cosmos.predict2, x=noise(2, 16, 3, 4, 14)),
+    "Wan HuMo has too few rows of img": lambda: wan.wan_class("HumoWanModel", frames=2, audio_embed=noise(2, 2, 8, 5, 1280, seed=3)),
 }
 
 
@@ -79,7 +84,7 @@ def test_fewer_rows_than_ranks_are_declined_before_anything_is_sent(sentence: st
 
 
 def test_stack_whose_last_block_is_skipped_is_no_result() -> None:
-    model, call = tiny.wan()
+    model, call = wan.wan()
     options = {"patches_replace": {"dit": {("double_block", 3): lambda args, _: {"img": args["img"]}}}}
     with pytest.raises(RuntimeError):  # ComfyUI's own, if it comes to use the length first
         shared(model, [call], 1, 2, options=options)

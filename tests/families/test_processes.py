@@ -10,7 +10,7 @@ from parity.inprocess import attached, reports
 
 from para_core.settings import Cache, Parallel
 
-from .cases import CASES
+from .cases import CASES, UNCUT
 from .ranks import error
 from .tiny import noise
 
@@ -23,6 +23,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3.5 medium": ("SD3", {"pooled_output": noise(1, 24, seed=3)}),
     "minimax": ("MiniMaxH3", {}),
     "cosmos predict2": ("CosmosT2IPredict2", {}),
+    "unet": ("SDXL", {"pooled_output": noise(1, 24, seed=3)}),
+    "aura": ("AuraFlow", {}),
+    "pixart": ("PixArtAlpha", {}),
 }
 
 
@@ -31,7 +34,7 @@ def patcher(name: str) -> tuple[Any, dict[str, Any]]:
     import comfy.model_patcher
     import comfy.supported_models
 
-    tiny, call = CASES[name]()
+    tiny, call = (CASES | UNCUT)[name]()
     config = getattr(comfy.supported_models, MODELS[name][0])(tiny.tiny_config)
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device=torch.device("cpu"))
@@ -40,15 +43,19 @@ def patcher(name: str) -> tuple[Any, dict[str, Any]]:
     return comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu")), call
 
 
-def sample(model: Any, name: str, call: dict[str, Any], cfg: float) -> list[torch.Tensor]:
+def sample(
+    model: Any, name: str, call: dict[str, Any], cfg: float, *, images: int = 1, negative_tokens: int | None = None
+) -> list[torch.Tensor]:
+    """`negative_tokens`: another number of them than the prompt's, so that stock code makes two calls."""
     import comfy.nested_tensor
     import comfy.sample
 
     def latent(make) -> Any:
-        parts = [make(part[:1]) for part in (call["x"] if isinstance(call["x"], list) else [call["x"]])]
+        parts = [make(torch.cat([part[:1]] * images)) for part in (call["x"] if isinstance(call["x"], list) else [call["x"]])]
         return comfy.nested_tensor.NestedTensor(parts) if len(parts) > 1 else parts[0]
 
-    prompts = [[[call["context"][:1] * scale, dict(MODELS[name][1])]] for scale in (1.0, 0.7)]
+    texts = [call["context"][:1], 0.7 * call["context"][:1, :negative_tokens]]
+    prompts = [[[text, dict(MODELS[name][1])]] for text in texts]
     with torch.inference_mode():
         result = comfy.sample.sample(
             model, latent(torch.clone), STEPS, cfg, "euler", "simple", *prompts, latent(torch.zeros_like), disable_pbar=True, seed=1
@@ -59,7 +66,10 @@ def sample(model: Any, name: str, call: dict[str, Any], cfg: float) -> list[torc
 SPLITS = {"sequence": Parallel(2, batch_degree=1), "batch": Parallel(2, batch_degree=2)}
 QUICK = [("mochi", "sequence"), ("minimax", "batch")]
 RUNS = [
-    run if run in QUICK else pytest.param(*run, marks=pytest.mark.slow) for run in [(name, split) for name in MODELS for split in SPLITS]
+    (name, split) if (name, split) in QUICK else pytest.param(name, split, marks=pytest.mark.slow)
+    for name in MODELS
+    for split in SPLITS
+    if name in CASES
 ]
 
 
@@ -84,3 +94,45 @@ def test_forward_that_cannot_be_cut_for_so_many_ranks_is_computed_on_one() -> No
     (note,) = lines[0]["notes"]
     assert "Cosmos-Predict2 has too few rows" in note
     assert error(result, expected) < 1e-5
+
+
+BATCHES: dict[str, dict[str, Any]] = {
+    "two prompts": {},
+    "two prompts of two lengths": {"negative_tokens": 4},
+    "three images, two prompts": {"images": 3},
+}
+
+
+@pytest.mark.parametrize("batch", [name if name != "two prompts" else pytest.param(name, marks=pytest.mark.slow) for name in BATCHES])
+@pytest.mark.parametrize("name", ["unet", "aura"])
+def test_batch_rows_of_a_model_that_is_not_cut_run_on_several_ranks(name: str, batch: str) -> None:
+    model, call = patcher(name)
+    expected = sample(model, name, call, 3.0, **BATCHES[batch])
+    with reports() as lines:
+        result = sample(attached(model, Parallel(3), Cache(0.5)), name, call, 3.0, **BATCHES[batch])
+    (report,) = lines
+    assert report["degrees"] == ([3, 1, 1] if "images" in batch else [2, 1, 1])
+    kind = type(model.model.diffusion_model).__name__
+    assert report["notes"] == [
+        f"No step is cached: ParaDiT has no plan for the blocks of {kind}.",
+        f"{kind} is not cut: prompts and images of a batch run on several GPUs, one image of one prompt on one.",
+    ]
+    assert error(result, expected) < 1e-5 * STEPS * 3
+
+
+def test_one_image_of_one_prompt_is_not_cut_there() -> None:
+    model, call = patcher("unet")
+    with reports() as lines:
+        result = sample(attached(model, Parallel(2)), "unet", call, 1.0)
+    assert lines[0]["degrees"] == [1, 1, 1]
+    assert error(result, sample(model, "unet", call, 1.0)) == 0
+
+
+def test_any_other_model_runs_stock_and_a_sentence_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, call = patcher("pixart")
+    sentence = "ParaDiT has no plan for PixArtMS yet: it runs as ComfyUI runs it, on one GPU."
+    stock = sample(model, "pixart", call, 3.0, images=2)
+    with caplog.at_level("WARNING", logger="paradit"):
+        result = sample(attached(model, Parallel(2), Cache(0.5)), "pixart", call, 3.0, images=2)
+    assert [record.getMessage() for record in caplog.records if record.name == "paradit"] == [f"[ParaDiT] {sentence}"]
+    assert all(torch.equal(one, other) for one, other in zip(result, stock, strict=True))

@@ -1,0 +1,18 @@
+"""Models whose tokens are not cut, but whose batch rows do not know of each other: those go to different ranks."""
+
+from .plan import Plan
+
+
+def decline(model) -> str:
+    """In a video U-Net the batch rows are the frames of one video."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    return "The batch rows of this U-Net are the frames of a video" if kinds & {"VideoResBlock", "SpatialVideoTransformer"} else ""
+
+
+PLAN = Plan(
+    family="U-Net or other model without a plan",
+    models=("diffusionmodules.openaimodel.UNetModel", "ldm.aura.mmdit.MMDiT"),
+    stacks=(),
+    streams=(),
+    decline=decline,
+)
