@@ -147,15 +147,13 @@ class Session:
         code = calls.obstacle(self.options["transformer_options"])
         if code:
             self.notes.say(f"Blocks are not compiled: {code} runs inside of them.")
-        elif plan.options is None:
-            self.notes.say(f"Blocks of {plan.family} are not compiled yet.")
-        return not code and plan.options is not None
+        return not code
 
     def graph(self) -> bool:
         """Whether this run's forwards are captured as CUDA graphs; what stands against it is said."""
         if self.compiling is None or not self.compiling.graph:
             return False
-        if self.patcher.load_device.type != "cuda" or self.runner is None or self.runner.hooks.plan.options is None:
+        if self.patcher.load_device.type != "cuda" or self.runner is None:
             return False
         if self.patcher.is_dynamic() or self.patcher.model.model_lowvram:
             self.notes.say("No CUDA graphs: weights move while the model runs (--disable-dynamic-vram keeps them on the GPU).")

@@ -2,7 +2,8 @@
 
 What changes from call to call or block to block (block index, closures of other nodes, counters) must not reach the
 compiled code, whose guards would compile it again each time. A block is therefore given transformer options that hold
-nothing but the attention operation of this run, and everything that operation needs stays outside, behind a number.
+nothing but the attention operation of this run and what the plan names; all that the operation needs stays outside,
+behind a number.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class CompiledBlocks:
         self._undo: list[Callable[[], None]] = []
         self._number = number(attend)
         self._attend = attend  # keeps its number
+        self._kept = hooks.plan.options
         local, exchanged = ({option: functools.partial(override, self._number, flag)} for flag in (False, True))
         forwards: dict[type, Callable] = {}
         hooks.release_submodules()
@@ -115,7 +117,8 @@ class CompiledBlocks:
 
     def _wrap(self, block: torch.nn.Module, compiled: Callable, options: dict[str, Any]) -> Callable:
         def forward(*args, **kwargs):
-            kwargs["transformer_options"] = options
+            given = kwargs.get("transformer_options") or {}
+            kwargs["transformer_options"] = {**options, **{name: given[name] for name in self._kept if name in given}}
             if self.failure is None:
                 # one memory layout for all blocks: the first block's tokens may be a transposed view
                 args = tuple(dense(value) for value in args)

@@ -93,7 +93,7 @@ class Runner:
     ):
         self.hooks = Hooks(plan, model)
         self.override = AttentionOverride(chooser, self.hooks, stock)
-        self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE, chooser.say) if compiled and plan.options is not None else None
+        self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE, chooser.say) if compiled else None
         self.cache = FirstBlockCache(self.hooks) if cached else None
         self.graphs = Graphs(chooser.say)
 
@@ -159,7 +159,7 @@ class Runner:
 
         if self.cache is not None:
             self.cache.begin(step, comm)
-        if graph and self.hooks.plan.options is not None and not isinstance(control, dict):
+        if graph and not isinstance(control, dict):
             options = arguments.get("transformer_options") or {}
             kept = (*self.hooks.plan.options, OVERRIDE)
             arguments.put("transformer_options", {name: value for name, value in options.items() if name in kept})

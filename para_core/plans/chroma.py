@@ -10,5 +10,6 @@ PLAN = Plan(
     streams=("img",),
     heads="num_heads",
     text="context",
+    options=("chroma_radiance_options",),
     control=True,
 )

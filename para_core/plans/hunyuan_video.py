@@ -24,5 +24,6 @@ PLAN = Plan(
     heads="num_heads",
     text="context",
     control=True,
+    options=("sigmas", "sample_sigmas"),
     decline=decline,
 )

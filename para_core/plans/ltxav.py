@@ -33,5 +33,6 @@ PLAN = Plan(
     ),
     streams=("video", "audio"),
     heads="audio_num_attention_heads",
+    options=("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn"),
     patch="patchifier.patch_size",
 )

@@ -18,4 +18,5 @@ PLAN = Plan(
     ),
     streams=("packed",),
     heads="n_heads",
+    options=("rope_options",),
 )

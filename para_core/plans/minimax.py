@@ -20,5 +20,6 @@ PLAN = Plan(
     ),
     streams=("packed",),
     heads="blocks.0.attn.heads",
+    options=("minimax_h3_sigma_shift_video", "minimax_h3_sigma_shift_audio"),
     rebuilt=("minimax_payload.layout",),
 )

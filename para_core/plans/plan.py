@@ -92,8 +92,8 @@ class Plan:
         other segments are dropped by the model itself. heads: attribute path of the number of attention heads.
     text: argument of the model's forward with the text tokens (dim 1), where they are cut too. patch: attribute path of the
         patch size, one number or one a side: how many tokens an image or a video has at least.
-    options: transformer options that the family's forward reads besides patches and the attention override; None: not
-        known, so its blocks are neither compiled nor captured.
+    options: transformer options that the family's forward reads besides patches and the attention override: all that
+        compiled blocks and captured forwards are given.
     control: True where ControlNet residuals (``control["input" / "output"]`` lists) are added to a stream between blocks.
     regather: segments that stock code works on between blocks: made whole on every rank after each block, cut again
         before the next. borders="whole": all of them, for models that mix tokens between blocks.
@@ -111,7 +111,7 @@ class Plan:
     text: str | None = None
     patch: str = "patch_size"
     control: bool = False
-    options: tuple[str, ...] | None = None
+    options: tuple[str, ...] = ()
     regather: Segments = ()
     borders: str = "local"
     final: str = ""

@@ -39,7 +39,6 @@ VACE = replace(
         BLOCKS,
         replace(BLOCKS, path="vace_blocks", tokens={"c": IMG, "x": IMG}, returns=(IMG, IMG), side=True),
     ),
-    options=None,
     decline=decline_vace,
 )
 AUDIO = {"audio": per_frame("img", 16)}
@@ -49,12 +48,10 @@ HUMO = replace(
     family="Wan HuMo",
     models=("ldm.wan.model.HumoWanModel",),
     stacks=(replace(BLOCKS, rules={**BLOCKS.rules, **AUDIO}, units={"img": whole_frames("audio", 16)}),),
-    options=None,
 )
 # between the blocks of these, adapters work on all tokens, frame by frame
 WHOLE = replace(
     PLAN,
     models=("wan.model.WanModel_S2V", "wan.model_animate.AnimateWanModel", "wan.model_wandancer.WanDancerModel"),
     borders="whole",
-    options=None,
 )

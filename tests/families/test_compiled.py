@@ -1,0 +1,77 @@
+"""Every family with compiled blocks and as CUDA graphs equals stock: nothing in a block breaks the compiler's graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .cases import CASES
+from .ranks import Result, error, later, listed, make, stock
+from .test_families import TOLERANCE, build, ids, one_thread, some
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("comfy", "one_thread")
+NAMES = [name for name in CASES if "control" not in name]  # residuals are added between blocks, as ever
+
+
+def run(model: torch.nn.Module, steps: list, *, backend: str | None, graph: bool = False) -> tuple[list[Result], int, list[str]]:
+    """Results, graphs replayed, and what was said."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    from para_core.attention.choice import Chooser
+    from para_core.comfy import calls
+    from para_core.execution.compiled import CompiledBlocks
+    from para_core.execution.runner import OVERRIDE, Runner
+    from para_core.plans import plan_for
+    from para_core.sequence.replace import replace
+    from para_core.sequence.solo import SOLO_MESH
+
+    torch._dynamo.reset()
+    said: list[str] = []
+    runner = Runner(plan_for(model), model, Chooser(None, say=said.append), cached=False, stock=optimized_attention)
+    if backend is not None:
+        runner.compiled = CompiledBlocks(runner.hooks, runner.override, OVERRIDE, said.append, backend=backend)
+    entry, names = getattr(model, calls.entry(model)), calls.names(model)
+    undo = replace(
+        model, calls.entry(model), lambda *args, **kwargs: runner.run(entry, names, args, kwargs, mesh=SOLO_MESH, graph=graph)
+    )
+    try:
+        with torch.inference_mode():
+            results = [listed(make(model, call, {OVERRIDE: runner.override})) for call in steps]
+    finally:
+        undo()
+        replays = runner.graphs.replays
+        runner.remove()
+    return results, replays, said
+
+
+@pytest.mark.parametrize("name", [case for case in some(20) if (case if isinstance(case, str) else case.values[0]) in NAMES], ids=ids)
+def test_compiled_blocks_equal_stock(name: str) -> None:
+    model, call = build(name)
+    torch._dynamo.utils.counters.clear()
+    (result,), _, said = run(model, [call], backend="aot_eager")
+    assert said == [] and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert error(result, stock(model, call)) < TOLERANCE
+
+
+def on_gpu(value):
+    if isinstance(value, torch.Tensor):
+        return value.cuda()
+    if isinstance(value, dict):
+        return {key: on_gpu(one) for key, one in value.items()}
+    return [on_gpu(one) for one in value] if isinstance(value, list) else value
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMES, ids=ids)
+def test_a_replayed_forward_equals_the_eager_one(name: str) -> None:
+    """Inputs change from step to step: what stock code keeps in Python between forwards would show."""
+    model, call = build(name)
+    model, call = model.cuda(), on_gpu(call)
+    steps = [call, later(call), later(call, 0.1), {**later(call, 0.2), "timestep": call["timestep"] * 0.5}]
+    expected = [stock(model, step) for step in steps]
+    results, replays, said = run(model, steps, backend=None, graph=True)
+    assert replays == 3 or any("without CUDA graphs" in sentence for sentence in said), said
+    if said:
+        print(name, said)
+    assert max(error(result, wanted) for result, wanted in zip(results, expected, strict=True)) < TOLERANCE
