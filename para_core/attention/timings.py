@@ -6,10 +6,10 @@ what was noted, between two forwards. Rank 0 alone measures: other ranks are giv
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ MARGIN = 1.02
 """A kernel that quantises must be this much faster than an exact one to be preferred."""
 WORK = 4e12
 """Floating-point operations of a timed call: longer sequences are timed on fewer heads, to stay well under a second."""
-REPEATS = 5
+REPEATS = 10
 DRIVER = Path("/proc/driver/nvidia/version")
 """Linux: the NVIDIA driver's own words, its version first among the numbers."""
 PACKAGES = ("sageattention", "flash-attn", "comfy-kitchen")
@@ -62,7 +62,10 @@ def environment(device: torch.device) -> str:
 
 
 def cuda_timer(call: Callable[[], object], device: torch.device) -> float:
-    """Median milliseconds of ``call`` on the device's clock, after two that warm it up."""
+    """Least milliseconds of ``call`` on the device's clock, after two that warm it up.
+
+    The least, not the median: a busy processor that launches late makes a short kernel look slow, never fast.
+    """
     with torch.cuda.device(device):
         for _ in range(2):
             call()
@@ -72,7 +75,7 @@ def cuda_timer(call: Callable[[], object], device: torch.device) -> float:
             call()
             mark.record()
         torch.cuda.synchronize(device)
-    return statistics.median(one.elapsed_time(other) for one, other in zip(marks, marks[1:], strict=False))
+    return min(one.elapsed_time(other) for one, other in itertools.pairwise(marks))
 
 
 @dataclass

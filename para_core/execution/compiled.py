@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from ..attention.call import Call
+from ..log import log
 from ..plans.plan import Blocks, attribute
 from ..sequence.hooks import Hooks
 from ..sequence.replace import replace
@@ -128,6 +129,7 @@ class CompiledBlocks:
                 except torch._dynamo.exc.TorchDynamoException as error:
                     self.failure = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                     self._say(f"Blocks run as they are, because {type(block).__name__} could not be compiled: {self.failure}")
+                    log.info("what the compiler said: %s", error)
             return type(block).forward(block, *args, **kwargs)
 
         return forward

@@ -67,8 +67,8 @@ def on_gpu(value):
 def test_a_replayed_forward_equals_the_eager_one(name: str) -> None:
     """Inputs change from step to step: what stock code keeps in Python between forwards would show."""
     model, call = build(name)
-    model, call = model.cuda(), on_gpu(call)
-    steps = [call, later(call), later(call, 0.1), {**later(call, 0.2), "timestep": call["timestep"] * 0.5}]
+    model = model.cuda()
+    steps = [on_gpu(step) for step in (call, later(call), later(call, 0.1), {**later(call, 0.2), "timestep": call["timestep"] * 0.5})]
     expected = [stock(model, step) for step in steps]
     results, replays, said = run(model, steps, backend=None, graph=True)
     assert replays == 3 or any("without CUDA graphs" in sentence for sentence in said), said
