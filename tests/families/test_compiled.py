@@ -54,12 +54,13 @@ def test_compiled_blocks_equal_stock(name: str) -> None:
     assert error(result, stock(model, call)) < TOLERANCE
 
 
-def on_gpu(value):
+def on_each(value, change):
+    """Every tensor in nested containers changed."""
     if isinstance(value, torch.Tensor):
-        return value.cuda()
+        return change(value)
     if isinstance(value, dict):
-        return {key: on_gpu(one) for key, one in value.items()}
-    return [on_gpu(one) for one in value] if isinstance(value, list) else value
+        return {key: on_each(one, change) for key, one in value.items()}
+    return type(value)(on_each(one, change) for one in value) if isinstance(value, (list, tuple)) else value
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -68,7 +69,9 @@ def test_a_replayed_forward_equals_the_eager_one(name: str) -> None:
     """Inputs change from step to step: what stock code keeps in Python between forwards would show."""
     model, call = build(name)
     model = model.cuda()
-    steps = [on_gpu(step) for step in (call, later(call), later(call, 0.1), {**later(call, 0.2), "timestep": call["timestep"] * 0.5})]
+    half = on_each(call["timestep"], lambda tensor: tensor * 0.5)
+    steps = [call, later(call), later(call, 0.1), {**later(call, 0.2), "timestep": half}]
+    steps = [on_each(step, torch.Tensor.cuda) for step in steps]
     expected = [stock(model, step) for step in steps]
     results, replays, said = run(model, steps, backend=None, graph=True)
     assert replays == 3 or any("without CUDA graphs" in sentence for sentence in said), said
