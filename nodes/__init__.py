@@ -8,11 +8,12 @@ from .attention import ParaAttention
 from .cache import ParaFirstBlockCache
 from .compile import ParaCompile
 from .parallel import ParaParallel
+from .report import ParaReport
 
 
 class ParaDiT(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ParaParallel, ParaAttention, ParaFirstBlockCache, ParaCompile]
+        return [ParaParallel, ParaAttention, ParaFirstBlockCache, ParaCompile, ParaReport]
 
 
 async def comfy_entrypoint() -> ParaDiT:

@@ -79,6 +79,8 @@ class Chooser:
     """Calls that went to another backend than wanted: (backend used, why the wanted one could not) -> calls."""
     uses: Counter[str] = field(default_factory=Counter)
     """Calls each backend computed."""
+    kinds: Counter[tuple[str, Request]] = field(default_factory=Counter)
+    """The same, by kind of call."""
     replaced: dict[str, str] = field(default_factory=dict)
     """Backends that failed and are out for the rest of the run -> why."""
 
@@ -255,6 +257,7 @@ class ChosenKernel:
                     chooser.replace(backend.name, fault)
                     continue
             chooser.uses[backend.name] += 1
+            chooser.kinds[backend.name, decision.request] += 1
             for reason in decision.reasons:
                 chooser.counts[backend.name, reason] += 1
             return out, lse

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 
 from comfy_execution.utils import get_executing_context
 
 from ..log import log
+
+PAUSE = 0.5  # seconds between two texts of a run's progress
 
 
 def show(text: str) -> None:
@@ -20,11 +24,20 @@ def show(text: str) -> None:
 class Notes:
     """Sentences of one sampling run, each said once: in the log, on the node, and kept for the report."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.said: list[str] = []
+        self._clock = clock
+        self._shown: float | None = None
 
     def say(self, sentence: str) -> None:
         if sentence and sentence not in self.said:
             self.said.append(sentence)
             log.warning(sentence)
             show("\n".join(self.said))
+
+    def live(self, line: Callable[[], str]) -> None:
+        """Show how far the run is, above what was said; most calls come too early after the last one and cost nothing."""
+        now = self._clock()
+        if self._shown is None or now - self._shown >= PAUSE:
+            self._shown = now
+            show("\n".join([line(), *self.said]))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import time
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,13 @@ from ..sequence.mesh import Degrees
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
-from . import calls, sidecars, windows
+from . import calls, reports, sidecars, windows
 from .calls import ModelCall
 from .lanes import Call, Lanes
+from .meter import Meter
 from .notify import Notes, show
 from .split import Obstacle, Split
+from .wording import kind, live, summary
 
 KEY = "paradit"
 
@@ -43,7 +45,9 @@ def sample(executor, *args, **kwargs):
     session = Session(executor.class_obj, steps=len(args[3]) - 1 if len(args) > 3 else 0)
     try:
         session.open()
-        return executor(*args, **kwargs)
+        result = executor(*session.listening(args), **kwargs)
+        session.finish(result)
+        return result
     finally:
         session.close()
 
@@ -68,7 +72,9 @@ class Session:
         self.runner: Runner | None = None
         self.decisions: Decisions | None = None
         self.chooser: Chooser | None = None
-        self.steps, self.forwards, self.seconds = steps, 0, 0.0
+        self.steps, self.forwards = steps, 0
+        self.meter = Meter(self.patcher.load_device)
+        self.latents: reports.Mark | None = None
         self._undo: list = []
 
     # -- opening and closing ------------------------------------------------------------------------------------------
@@ -96,8 +102,9 @@ class Session:
             self._install(chooser, caching, devices)
         if self.runner is not None or self.attention is not None:
             options[calls.OVERRIDE] = self.runner.override if self.runner is not None else AttentionOverride(chooser, None)
-            self.original = getattr(self.model, calls.entry(self.model))
-            self._undo.append(replace(self.model, calls.entry(self.model), self.forward))
+        # also where nothing else is ours: then the forwards are only timed
+        self.original = getattr(self.model, calls.entry(self.model))
+        self._undo.append(replace(self.model, calls.entry(self.model), self.forward))
 
     def _obstacle(self, options: dict[str, Any], previous) -> str:
         """Why this run cannot be split, whatever the model; "" if it can."""
@@ -160,19 +167,45 @@ class Session:
             return False
         return not calls.obstacle(self.options["transformer_options"])
 
+    def listening(self, args: tuple) -> tuple:
+        """The sampler's arguments with a callback (the sixth) that also tells the node how far the run is."""
+        if len(args) < 6:
+            return args
+        callback = args[5]
+
+        def told(step: int, denoised: Any, x: Any, total: int) -> Any:
+            ranks = self.split.used.world if self.split is not None else 1
+            self.notes.live(lambda: live(step + 1, total, self.meter.seconds, ranks, self.cached()))
+            return callback(step, denoised, x, total) if callback is not None else None
+
+        return (*args[:5], told, *args[6:])
+
+    def cached(self) -> int | None:
+        """Forwards that the cache has skipped so far; None without a cache."""
+        return sum(record.hit for record in self.decisions.records) if self.decisions is not None else None
+
+    def finish(self, result: torch.Tensor) -> None:
+        """Sampling has ended well with these latents. Waits for the device, as whoever takes them would."""
+        self.latents = reports.mark(result)
+        self.meter.stop()
+
     def close(self) -> None:
-        """Undo everything, in reverse order, and write the run's line to the log."""
+        """Undo everything, in reverse order, write the run's line to the log, and keep the report of latents that were made."""
         while self._undo:
             self._undo.pop()()
+        report = self.report()
         if self.runner is not None or self.attention is not None:
-            report = self.report()
             log.info("run: %s", json.dumps(report))
             show("\n".join([summary(report), *self.notes.said]))
+        if self.latents is not None:
+            reports.keep(report, self.latents)
 
     def report(self) -> dict[str, Any]:
-        """The run in numbers: plain data."""
+        """The run in numbers: plain data. Seconds are those of the forwards, ``wall`` those from the first one to the result."""
         degrees = self.split.used if self.split is not None else Degrees()
         records = self.decisions.records if self.decisions else []
+        timeline = self.meter.steps()
+        previous = self.chooser.previous if self.chooser is not None else None
         return {
             "model": type(self.model).__name__,
             "ranks": degrees.world,
@@ -180,9 +213,17 @@ class Session:
             "steps": self.steps,
             "forwards": self.forwards,
             "cached": sum(record.hit for record in records),
-            "seconds_per_step": round(self.seconds / max(1, self.steps), 4),
+            "seconds_per_step": round(sum(step["seconds"] for step in timeline) / max(1, self.steps), 4),
+            "wall": round(self.meter.seconds, 4),
+            "timeline": timeline,
+            "cache": dataclasses.asdict(self.caching) if self.caching is not None and self.decisions is not None else None,
             "changes": [[record.sigma, list(record.changes), record.hit] for record in records],
+            "exchange": self.meter.exchange() if degrees.world > 1 else None,
             "attention": self.chooser.report() if self.chooser is not None else [],
+            "backend": self.attention.backend if self.attention is not None else None,
+            "override": calls.title(previous) if previous is not None else None,
+            "kernels": [[name, kind(asked), count] for (name, asked), count in self.chooser.kinds.most_common()] if self.chooser else [],
+            "replays": self.runner.graphs.replays if self.runner is not None else 0,
             "notes": self.notes.said,
         }
 
@@ -196,25 +237,29 @@ class Session:
 
     def step(self, together: list[Call]) -> list[Any]:
         """Results of model calls that stock code makes one after the other and that may be computed at once."""
-        started = time.perf_counter()
         model_calls = [ModelCall(call, self.names) for call in together]
-        try:
-            if self.split is not None and self.split.active:
-                try:
-                    results = self.split.step(model_calls)
-                    self.time_kernels(self.split)
-                    return results
-                except RankLost as lost:
-                    reason = f"The rest of this run is computed on one GPU, because {lost}; the next prompt uses the whole group again."
-                except (KernelBroken, Obstacle, Untransportable) as error:
-                    reason = f"The rest of this run is computed on one GPU: {error}."
-                # out here, the failed step's frames no longer hold its memory
-                self.give_up(reason, model_calls)
-            results = [self.sound(call) for call in model_calls]
-            self.time_kernels()
-            return results
-        finally:
-            self.seconds += time.perf_counter() - started
+        records = self.decisions.records if self.decisions is not None else []
+        with self.meter.visit(model_calls[0].options.get("sigmas"), len(together), records) as visit:
+            results = self.compute(model_calls)
+            visit.whole = self.runner is None or not self.runner.graphs.captures
+        return results
+
+    def compute(self, model_calls: list[ModelCall]) -> list[Any]:
+        """Results of calls that are made together: by the group, or alone where there is none or it breaks down."""
+        if self.split is not None and self.split.active:
+            try:
+                results = self.split.step(model_calls)
+                self.time_kernels(self.split)
+                return results
+            except RankLost as lost:
+                reason = f"The rest of this run is computed on one GPU, because {lost}; the next prompt uses the whole group again."
+            except (KernelBroken, Obstacle, Untransportable) as error:
+                reason = f"The rest of this run is computed on one GPU: {error}."
+            # out here, the failed step's frames no longer hold its memory
+            self.give_up(reason, model_calls)
+        results = [self.sound(call) for call in model_calls]
+        self.time_kernels()
+        return results
 
     def time_kernels(self, split: Split | None = None) -> None:
         """Between two forwards: time attention kernels for the kinds of call that were new, and let the other ranks know."""
@@ -297,14 +342,3 @@ def remembered(device: torch.device) -> Timings:
     timings = Timings(Path(folder_paths.get_user_directory()) / "paradit" / "attention-kernels.json")
     timings.load(device)
     return timings
-
-
-def summary(report: dict[str, Any]) -> str:
-    """The run in one line, for the node."""
-    ranks = (
-        "1 rank"
-        if report["ranks"] == 1
-        else f"{report['ranks']} ranks (batch x ring x ulysses = {' x '.join(map(str, report['degrees']))})"
-    )
-    cached = f", {report['cached']} of {report['forwards']} forwards cached" if report["changes"] else ""
-    return f"{ranks}{cached}, {report['seconds_per_step']:.3g} s a step"

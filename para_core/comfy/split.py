@@ -57,6 +57,7 @@ class Split:
         session = self.session
         try:
             self.group.form(session.patcher.load_device, self.devices)
+            self.group.measure(session.meter.exchanged)
             sidecars.load(session.patcher)
             self.group.begin(
                 model=sidecars.model_id(session.patcher),
@@ -79,6 +80,7 @@ class Split:
     def stop(self) -> None:
         """The group is of no more use to this run."""
         self.active = False
+        self.group.measure(None)
         self.group.end()
         if self._memory_required is not None:
             del self._memory_required.memory_required

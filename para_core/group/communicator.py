@@ -17,6 +17,7 @@ import torch
 from torch.distributed import FileStore, PrefixStore, Store
 
 from ..sequence.mesh import Degrees, Mesh
+from ..stopwatch import Exchanged
 from .codec import as_bytes
 from .gloo import Gloo
 from .nccl import Nccl, publish_id
@@ -82,6 +83,10 @@ class Communicator:
     def aborted(self) -> bool:
         return self._life.aborted
 
+    def measure(self, exchanged: Exchanged | None) -> None:
+        """Count and time there what this rank sends from now on, in subgroups too."""
+        self._life.exchanged = exchanged
+
     def split(self, ranks: Sequence[int]) -> Communicator:
         """The communicator of these ``ranks`` of this one, in that order; this rank must be one of them.
 
@@ -135,22 +140,25 @@ class Communicator:
             return
         width = sent.element_size()
         inward, outward = [size * width for size in received_sizes], [size * width for size in sent_sizes]
-        self._run(lambda transport: transport.start_all_to_all(self._bytes(received), self._bytes(sent), inward, outward))
+        leaving = sum(outward) - outward[self.rank]
+        self._run(lambda transport: transport.start_all_to_all(self._bytes(received), self._bytes(sent), inward, outward), leaving)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         self._run(lambda transport: transport.start_all_reduce(self._usable(tensor)))
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         if tensor.numel():
-            self._run(lambda transport: transport.start_broadcast(self._bytes(tensor), root))
+            leaving = tensor.numel() * tensor.element_size() * (self.size - 1) if self.rank == root else 0
+            self._run(lambda transport: transport.start_broadcast(self._bytes(tensor), root), leaving)
 
     def shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Callable[[], None]:
         if self._transport is None:
             received.copy_(sent)
             return lambda: None
         transport = self._transport
-        work = self._guard(lambda: transport.start_shift(self._bytes(sent), to, self._bytes(received), source))
-        return lambda: self._guard(lambda: transport.finish(work))
+        leaving = sent.numel() * sent.element_size()
+        work = self._exchange(lambda: transport.start_shift(self._bytes(sent), to, self._bytes(received), source), leaving)
+        return lambda: self._exchange(lambda: transport.finish(work))
 
     def _usable(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_contiguous() or tensor.device != self.device:
@@ -160,12 +168,20 @@ class Communicator:
     def _bytes(self, tensor: torch.Tensor) -> torch.Tensor:
         return as_bytes(self._usable(tensor))
 
-    def _run(self, start: Callable[[Transport], Any]) -> None:
+    def _run(self, start: Callable[[Transport], Any], leaving: int = 0) -> None:
         transport = self._transport
         if transport is None:
             self._life.check()
         else:
-            self._guard(lambda: transport.finish(start(transport)))
+            self._exchange(lambda: transport.finish(start(transport)), leaving)
+
+    def _exchange(self, act: Callable[[], Any], leaving: int = 0) -> Any:
+        """``act``, which sends ``leaving`` bytes or waits for other ranks, measured where someone wants to know."""
+        exchanged = self._life.exchanged
+        if exchanged is None:
+            return self._guard(act)
+        with exchanged.message(leaving):
+            return self._guard(act)
 
     def _guard(self, act: Callable[[], Any]) -> Any:
         self._life.check()

@@ -23,6 +23,7 @@ import torch
 
 from ..log import log
 from ..sequence.mesh import Comm, Degrees, Mesh
+from ..stopwatch import Exchanged
 from .channel import ChannelClosed
 from .codec import as_bytes, encode, pack
 from .communicator import CommunicationFailed, Communicator, Meshes
@@ -369,6 +370,11 @@ class Group:
             yield mesh, self._comm.split(range(degrees.world))
             self._comm.settle()
         self.counts["steps"] += 1
+
+    def measure(self, exchanged: Exchanged | None) -> None:
+        """Count and time there what this rank exchanges with the others, until the run ends."""
+        if self._comm is not None:
+            self._comm.measure(exchanged)
 
     def collect(self, source: int, result: torch.Tensor) -> torch.Tensor:
         """Fill ``result`` with what rank ``source`` computed."""

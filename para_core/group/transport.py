@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..stopwatch import Exchanged
+
 LOOK = 0.1  # seconds between looks at ``Life.check`` while a collective is pending
 
 
@@ -41,12 +43,13 @@ class Transport(Protocol):
 
 
 class Life:
-    """What a communicator and its subgroups share: whether it was aborted, what to look at while waiting, gloo's listener."""
+    """What a communicator and its subgroups share: whether it was aborted, what to look at while waiting, who counts, gloo's listener."""
 
     def __init__(self) -> None:
         self.aborted = False
         self.on_wait: Callable[[], None] | None = None
         self.transports: list[Transport] = []
+        self.exchanged: Exchanged | None = None
         self.gloo_device: Any = None
 
     def check(self) -> None:

@@ -39,6 +39,7 @@ Graph = Mapping[str, Mapping[str, Any]]
 Message = dict[str, Any]
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 RUN_REPORT = re.compile(r"\[ParaDiT\] run: (\{.*\})")
+PROGRESS_TEXT = 3  # ComfyUI's BinaryEventTypes.TEXT
 FINAL = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
 
 
@@ -129,6 +130,8 @@ class Server:
         self.client_id = uuid.uuid4().hex
         self._prompts: dict[str, _Prompt] = {}
         self._changed = threading.Condition()
+        self.texts: list[tuple[str, str]] = []
+        """Progress texts so far: (node, text)."""
         self._connected = False
         self._final_log = ""
         packs = self._link_folders(pack)
@@ -282,11 +285,14 @@ class Server:
         raise self._failure(f"the ComfyUI server did not start within {timeout:.0f} s")
 
     def _read(self) -> None:
-        """Sort websocket messages by prompt until the connection ends. Binary ones (previews, text) are left out."""
+        """Sort websocket messages by prompt until the connection ends. Of the binary ones, progress texts are kept."""
         try:
             while frame := self._socket.recv():
                 if isinstance(frame, str):
                     self._sort(json.loads(frame) | {"time": time.monotonic()})
+                elif int.from_bytes(frame[:4], "big") == PROGRESS_TEXT:
+                    border = 8 + int.from_bytes(frame[4:8], "big")
+                    self.texts.append((frame[8:border].decode(), frame[border:].decode()))
         except (websocket.WebSocketException, OSError):
             pass
         with self._changed:
