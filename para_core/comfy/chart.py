@@ -74,7 +74,7 @@ def draw(report: dict[str, Any]) -> torch.Tensor:
     """The chart of a run ``(H, W, 3)``, float32 in 0..1. Steps run from left to right; without a cache there is one plot."""
     timeline = report["timeline"]
     if not timeline:
-        return empty("Nothing of ParaDiT was at work in this run.")
+        return empty("The model was not called in this run.")
     canvas = _Canvas()
     skipped = report["cache"] is not None
     words = [f"{report['seconds_per_step']:.3g} s/step"]

@@ -312,7 +312,7 @@ class Session:
         return result
 
     def plain(self, call: ModelCall) -> Any:
-        """One call of a model whose blocks nothing is known of: only its attention is ours."""
+        """One call of a model whose blocks are left alone: only its attention is ours, or nothing."""
         assert self.chooser is not None
         self.chooser.begin_forward()
         result = self.original(*call.call.args, **call.call.kwargs)

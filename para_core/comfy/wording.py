@@ -58,8 +58,9 @@ def text(report: dict[str, Any], maker: str) -> str:
 def _times(report: dict[str, Any]) -> list[str]:
     timeline = report["timeline"]
     if not timeline:
-        return ["Time: not measured, nothing of ParaDiT was at work in this run."]
-    line = f"Time: {report['seconds_per_step']:.3g} s a step, {report['steps']} steps, {report['wall']:.3g} s with the sampler's own work"
+        return ["Time: none, the model was not called."]
+    many = "step" if report["steps"] == 1 else "steps"
+    line = f"Time: {report['seconds_per_step']:.3g} s a step, {report['steps']} {many}, {report['wall']:.3g} s with the sampler's own work"
     later = timeline[1:]
     computed = [step["seconds"] for step in later if not step["hits"]]
     skipped = [step["seconds"] for step in later if step["hits"] == step["decisions"] > 0]

@@ -92,4 +92,4 @@ def test_without_a_run_the_picture_says_why():
     picture = chart.empty("No sampler was found before this node.")
     assert picture.shape == (SIZE[1], SIZE[0], 3)
     assert not torch.equal(picture, chart.empty("Another sentence."))
-    assert where(chart.draw(report()), BACKGROUND).any(), "a run of which nothing was measured"
+    assert where(chart.draw(report()), BACKGROUND).any(), "a run without a forward"

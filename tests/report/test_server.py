@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 from env import graphs
 from env.graphs import Sampling, first_block_cache
 from env.server import Server
@@ -77,10 +76,12 @@ def test_latents_pass_through_and_chart_and_text_can_be_used(server: Server) -> 
     assert result.text("shown") == result.text("report")
 
 
-@pytest.mark.parametrize("patches", [[], [graphs.parallel(gpus=1)]], ids=["stock", "one rank"])
-def test_a_run_of_which_nothing_was_measured_is_said_to_be_so(server: Server, patches) -> None:
-    graph = graphs.flux(patches, Sampling(steps=1, seed=80), width=96, height=96)
-    result = server.run(with_reports(graph, ("report", "sampler"))).check()
-    expected = "Time: not measured" if patches else "KSampler (node sampler) has no report: no ParaDiT node was on its model"
-    assert expected in result.text("report")
-    assert len(result.history["outputs"]["report"]["images"]) == 1
+def test_a_sampler_without_our_nodes_has_no_report_and_one_that_they_could_not_help_has(server: Server) -> None:
+    sampling = Sampling(steps=1, seed=80)
+    stock = with_reports(graphs.flux([], sampling, width=96, height=96), ("report", "sampler"))
+    alone = with_reports(graphs.flux([graphs.parallel(gpus=1)], sampling, width=96, height=96), ("report", "sampler"))
+    nothing, something = (server.run(graph).check() for graph in (stock, alone))
+    assert nothing.text("report").startswith("KSampler (node sampler) has no report: no ParaDiT node was on its model")
+    assert len(nothing.history["outputs"]["report"]["images"]) == 1
+    assert "s a step, 1 step, " in something.text("report") and "Ranks: 1\n" in something.text("report")
+    assert something.latent().equal(nothing.latent())
