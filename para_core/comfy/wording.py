@@ -76,10 +76,11 @@ def _ranks(report: dict[str, Any]) -> str:
     exchange = report["exchange"]
     if exchange is None:
         return "Ranks: 1"
+    many = ranks(report).replace(" ranks", "")
     sent = f"{exchange['bytes'] / 1e6:.3g} MB sent a forward by the first rank"
     if exchange["share"] is None:
-        return f"Ranks: {ranks(report)}; {sent}, the time for it was not measured"
-    return f"Ranks: {ranks(report)}; exchange and waiting {exchange['share']:.0%} of the time, {sent}"
+        return f"Ranks: {many}; {sent}, the time for it was not measured"
+    return f"Ranks: {many}; exchange and waiting {exchange['share']:.0%} of the time, {sent}"
 
 
 def _cache(report: dict[str, Any]) -> str:
