@@ -15,7 +15,7 @@ import torch
 from ..cache.rule import Record
 from ..stopwatch import Exchanged, Stopwatch
 
-TIMED = (1, 2)  # visits in which messages are timed on CUDA, where that takes two events each; the first one warms up
+TIMED = 2  # visits without a hit, after the first, in which messages are timed on CUDA, where that takes two events each
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Meter:
         self.exchanged = Exchanged(device)
         self._forwards = Stopwatch(device)
         self._cpu = device.type != "cuda"
+        self._timed = 0
         self._started: float | None = None
         self._stopped: float | None = None
 
@@ -63,13 +64,15 @@ class Meter:
             self._started = time.perf_counter()
         visit, known = Visit(sigma, forwards, []), len(records)
         exchanged = self.exchanged
-        exchanged.timing = self._cpu or len(self.visits) in TIMED
+        exchanged.timing = self._cpu or bool(self.visits) and self._timed < TIMED
         messages, sent = len(exchanged.watch), exchanged.bytes
         with self._forwards.lap():
             yield visit
         visit.records = records[known:]
         visit.sent = exchanged.bytes - sent
-        visit.messages = (messages, len(exchanged.watch)) if exchanged.timing else None
+        if exchanged.timing:
+            visit.messages = (messages, len(exchanged.watch))
+            self._timed += not any(record.hit for record in visit.records)
         self.visits.append(visit)
 
     def steps(self) -> list[dict[str, Any]]:

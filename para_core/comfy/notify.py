@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 
 from ..log import log
@@ -18,7 +19,8 @@ def show(text: str) -> None:
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     context = get_executing_context()
     if context is not None and server is not None:
-        server.send_progress_text(text, context.node_id)
+        # a node that was made while another ran is shown as that other one
+        server.send_progress_text(text, get_progress_state().dynprompt.get_display_node_id(context.node_id))
 
 
 class Notes:

@@ -211,3 +211,14 @@ def test_progress_is_shown_at_most_twice_a_second_and_below_it_what_was_said(com
             notes.live(lambda: asked.append(now[0]) or f"at {now[0]}")
     assert asked == [0.0, 0.5, 1.0, 1.5], "what is not shown is not put into words"
     assert [text for _, text in SENT] == ["at 0.0", "at 0.5", "at 1.0", "One sentence.", "at 1.5\nOne sentence."]
+
+
+def test_the_text_of_a_node_inside_an_expanded_one_stands_on_the_outer_one(comfy):
+    from comfy_execution.progress import get_progress_state
+
+    from para_core.comfy.notify import show
+
+    get_progress_state().dynprompt.add_ephemeral_node("7.0.0.1", GRAPH["7"], "7", "7")
+    with at("7.0.0.1"):
+        show("words")
+    assert SENT == [("7", "words")]
