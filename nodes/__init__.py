@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .accelerate import ParaAccelerate
 from .attention import ParaAttention
 from .cache import ParaFirstBlockCache
 from .compile import ParaCompile
@@ -13,7 +14,7 @@ from .report import ParaReport
 
 class ParaDiT(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ParaParallel, ParaAttention, ParaFirstBlockCache, ParaCompile, ParaReport]
+        return [ParaAccelerate, ParaParallel, ParaAttention, ParaFirstBlockCache, ParaCompile, ParaReport]
 
 
 async def comfy_entrypoint() -> ParaDiT:

@@ -14,6 +14,8 @@ class Parallel:
     ulysses_degree: int = 0
     ring_degree: int = 0
     devices: str = ""
+    careful: bool = False
+    """Split only where a forecast says that it pays."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,16 @@ class Compile:
     @property
     def graph(self) -> bool:
         return "graph" in self.mode
+
+
+@dataclass(frozen=True)
+class Accelerate:
+    """What the one node for most people sets; the settings above and below win over it."""
+
+    gpus: int = 0
+    attention: str = "auto"
+    cache: str = "balanced"
+    compile: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..settings import Attention, Cache, Compile, Parallel
+from ..settings import Accelerate, Attention, Cache, Compile, Parallel
 from . import sidecars
 from .session import KEY, sample
 
-Settings = Parallel | Attention | Cache | Compile
+Settings = Accelerate | Parallel | Attention | Cache | Compile
 
 
 def attach(model: comfy.model_patcher.ModelPatcher, settings: Settings) -> comfy.model_patcher.ModelPatcher:

@@ -29,7 +29,7 @@ from ..sequence.mesh import Degrees
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
-from . import calls, reports, sidecars, windows
+from . import accelerate, calls, reports, sidecars, windows
 from .calls import ModelCall
 from .lanes import Call, Lanes
 from .meter import Meter
@@ -58,8 +58,9 @@ class Session:
     def __init__(self, guider: comfy.samplers.CFGGuider, *, steps: int):
         self.patcher = guider.model_patcher
         self.options: dict[str, Any] = guider.model_options
-        settings: dict[str, Any] = self.options.get(KEY, {})
         self.notes = Notes()
+        self.cfg = float(getattr(guider, "cfg", 1.0))
+        settings = accelerate.fill(self.options.get(KEY, {}), self.patcher, steps=steps, say=self.notes.say)
         self.earlier: list[str] = settings.get("notes", [])
         self.parallel: Parallel | None = settings.get("Parallel")
         self.attention: Attention | None = settings.get("Attention")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import comfy.samplers
 import torch
 
 from ..cache.first_block import Step, chunks
+from ..execution import gain
 from ..group.codec import Untransportable
 from ..group.group import GroupError
 from ..group.member import RankLost
@@ -57,6 +58,9 @@ class Split:
         session = self.session
         try:
             self.group.form(session.patcher.load_device, self.devices)
+            if session.parallel is not None and session.parallel.careful and (reason := self._loses(args[1])):
+                session.notes.say(reason)
+                return result
             self.group.measure(session.meter.exchanged)
             sidecars.load(session.patcher)
             self.group.begin(
@@ -76,6 +80,21 @@ class Split:
             model.memory_required = lambda *a, **k: whole(*a, **k) / ranks
             self._memory_required = model
         return result
+
+    def _loses(self, shape: Sequence[int]) -> str:
+        """Why sampling latents of ``shape`` ``(B, C, ...)`` would not be faster on several ranks; "" if it should be."""
+        model, device = self.session.model, self.session.patcher.load_device
+        if not processors_of_their_own(device):
+            return "This run is not split: CPU processes share one processor."
+        if not self.plan.stacks:
+            return ""
+        rows = shape[0] * (1 if math.isclose(self.session.cfg, 1.0) else 2)
+        tokens = self._image_tokens(shape[2:])
+        rate = gain.matrix_rate(device, self.session.patcher.model.get_dtype_inference())
+        times = gain.gain(gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens), rate, self.group.link())
+        if times > gain.WORTH:
+            return ""
+        return f"This run is not split: on this link between the GPUs a step would take {1 / times:.2g} times as long."
 
     def stop(self) -> None:
         """The group is of no more use to this run."""
@@ -180,11 +199,14 @@ class Split:
 
     def _tokens(self, call: ModelCall) -> int:
         """Length of the shortest segment of a call; references and the like, which make the image's longer, are not counted."""
-        sides = call.latents[0].shape[2:]
+        tokens = self._image_tokens(call.latents[0].shape[2:])
+        return tokens if self.plan.text is None else min(tokens, call.arguments.get(self.plan.text).shape[1])
+
+    def _image_tokens(self, sides: Sequence[int]) -> int:
+        """Tokens of an image or a video of these latent ``sides``."""
         patch = attribute(self.session.model, self.plan.patch)
         patches = [patch] * len(sides) if isinstance(patch, int) else patch
-        tokens = math.prod(-(-side // size) for side, size in zip(sides, patches, strict=True))
-        return tokens if self.plan.text is None else min(tokens, call.arguments.get(self.plan.text).shape[1])
+        return math.prod(-(-side // size) for side, size in zip(sides, patches, strict=True))
 
     def _cache_steps(
         self, model_calls: list[ModelCall], shares: list[Share], degrees: Degrees
@@ -201,6 +223,11 @@ class Split:
                 rows = [sum(chunk.stop - chunk.start for chunk in own if chunk.key == key) for own in owned]
                 shapes[key] = (call.shape(), degrees, tuple(rows))
         return [self.session.cache_step(shapes, model_calls[0].sigma, own) for own in owned], shapes
+
+
+def processors_of_their_own(device: torch.device) -> bool:
+    """Whether ranks beside ``device`` compute on hardware of their own."""
+    return device.type == "cuda"
 
 
 def share(model_calls: list[ModelCall], replicas: int) -> list[Share]:

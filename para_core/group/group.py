@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from ..log import log
-from ..sequence.mesh import Comm, Degrees, Mesh
+from ..sequence.mesh import Comm, Degrees, Link, Mesh
 from ..stopwatch import Exchanged
 from .channel import ChannelClosed
 from .codec import as_bytes, encode, pack
 from .communicator import CommunicationFailed, Communicator, Meshes
+from .link import measure
 from .member import Member, RankLost, one_line
 from .pool import Pool
 from .watch import Watch, next_of
@@ -68,6 +69,7 @@ class Group:
         self._members: list[Member] = []
         self._comm: Communicator | None = None
         self._meshes: Meshes | None = None
+        self._link: Link | None = None
         self._epochs = itertools.count(1)
         self._epoch = 0
         self._running = False
@@ -181,7 +183,7 @@ class Group:
 
     def _leave(self) -> None:
         """Drop the communicator; workers stay."""
-        comm, self._comm, self._meshes = self._comm, None, None
+        comm, self._comm, self._meshes, self._link = self._comm, None, None, None
         if comm is not None:
             comm.abort()
             comm.close()
@@ -343,6 +345,16 @@ class Group:
                         continue
 
     # -- runs ---------------------------------------------------------------------------------------------------------
+
+    def link(self) -> Link:
+        """How fast this communicator's ranks talk, measured once. Raises RankLost."""
+        if self._link is None:
+            with self._shared():
+                assert self._comm is not None
+                for member in self._members:
+                    member.tell("measure")
+                self._link = measure(self._comm, self._device)
+        return self._link
 
     def begin(self, **run: Any) -> None:
         """Sampling starts; ``run`` is told to every worker. Raises RankLost."""

@@ -19,6 +19,7 @@ from ..sequence.mesh import Comm, Degrees, Mesh
 from .channel import Channel, ChannelClosed
 from .codec import decode, packed_size, unpack
 from .communicator import CommunicationFailed, Communicator, Meshes
+from .link import measure
 from .member import one_line
 from .weights import receive, size
 
@@ -182,6 +183,9 @@ class Worker:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def on_measure(self, _payload: Any) -> None:
+        measure(self.comm, self.device)
 
     def on_begin(self, run: dict[str, Any]) -> None:
         self._models[run["model"]] = self._models.pop(run["model"])  # the most recently used one is the last

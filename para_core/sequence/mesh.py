@@ -57,6 +57,14 @@ class Degrees:
 
 
 @dataclass(frozen=True)
+class Link:
+    """Between ranks: seconds that a collective takes whatever its size, and bytes a second that each rank sends."""
+
+    latency: float
+    rate: float
+
+
+@dataclass(frozen=True)
 class Mesh:
     """One rank's view of the ranks that share its sequence.
 

@@ -12,6 +12,7 @@ NODES = nodes()
 
 def test_the_nodes_of_this_release_are_registered_with_their_inputs_in_the_order_graphs_depend_on():
     expected = {
+        "ParaAccelerate": ["model", "gpus", "attention", "cache", "compile"],
         "ParaParallel": ["model", "gpus", "batch_degree", "ulysses_degree", "ring_degree", "devices"],
         "ParaAttention": ["model", "backend"],
         "ParaCompile": ["model", "mode"],

@@ -1,0 +1,90 @@
+"""Whether splitting a step pays: its arithmetic against what several ranks must exchange, from measured rates.
+
+A forecast, not a measurement: it only has to tell clear losses from gains. Bytes of an exchange: Ulysses (arXiv 2309.14509)
+sends four tensors of ``S x width`` a layer, each rank ``(N - 1) / N**2`` of each; a ring (arXiv 2310.01889) passes keys and
+values to each of the others.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ..plans.plan import Plan, check
+from ..sequence.mesh import Degrees, Link
+
+EFFICIENCY = 0.6
+"""Share of the matrix rate that a whole forward reaches (FLUX.1-dev 1024², H100, bf16: 74 TFLOP in 180 ms at 700 TFLOP/s)."""
+WORTH = 1.05
+"""Least forecast gain for which a run is split."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One sampling step: ``rows`` batch rows of ``tokens``, each through ``layers`` blocks and ``parameters`` in all."""
+
+    rows: int
+    tokens: int
+    width: int
+    layers: int
+    parameters: int
+    itemsize: int = 2
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations a row: matrices, then attention."""
+        return 2.0 * self.parameters * self.tokens + 4.0 * self.tokens**2 * self.width * self.layers
+
+
+def work_of(plan: Plan, model: torch.nn.Module, rows: int, tokens: int) -> Work:
+    """The work of one step of ``model``, as far as its blocks tell: each of a block's streams has its share of the weights."""
+    stacks = [(spec, blocks) for spec, blocks in check(plan, model) if not spec.side]
+    widths = [part.in_features for part in stacks[0][1][0].modules() if isinstance(part, torch.nn.Linear)]
+    parameters = sum(
+        parameter.numel() // len(spec.tokens) for spec, blocks in stacks for block in blocks for parameter in block.parameters()
+    )
+    return Work(rows, tokens, statistics.mode(widths), sum(len(blocks) for _, blocks in stacks), parameters)
+
+
+def seconds(work: Work, degrees: Degrees, rate: float, link: Link | None = None) -> float:
+    """Forecast of a step on ``degrees``; ``rate``: operations a second of one rank's matrices."""
+    rows, ranks = -(-work.rows // degrees.batch), degrees.sequence
+    compute = rows * work.operations / (EFFICIENCY * rate) / ranks
+    if ranks == 1 or link is None:
+        return compute
+    tensor = rows * work.tokens * work.width * work.itemsize
+    ulysses, ring = degrees.ulysses, degrees.ring
+    sent = 4 * tensor / ring * (ulysses - 1) / ulysses**2 + 2 * tensor / ranks * (ring - 1)
+    collectives = 2 * (ulysses > 1) + (ring - 1)
+    return compute + work.layers * (sent / link.rate + collectives * link.latency)
+
+
+def gain(work: Work, degrees: Degrees, rate: float, link: Link) -> float:
+    """How many times faster a step on ``degrees`` should be than on one rank."""
+    return seconds(work, Degrees(), rate) / seconds(work, degrees, rate, link)
+
+
+@lru_cache(maxsize=8)
+def matrix_rate(device: torch.device, dtype: torch.dtype, side: int = 4096) -> float:
+    """Operations a second of a square matrix product of ``side`` on a CUDA ``device``, measured once."""
+    one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2.0 * side**3 / least_seconds(lambda: torch.mm(one, other), device)
+
+
+def least_seconds(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """The least of ``repeats`` times of ``call`` on the stream of a CUDA ``device``, after one that warms it up."""
+    times = []
+    for index in range(repeats + 1):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        with torch.cuda.device(device):
+            marks[0].record()
+            call()
+            marks[1].record()
+            marks[1].synchronize()
+        if index:
+            times.append(marks[0].elapsed_time(marks[1]) / 1e3)
+    return min(times)

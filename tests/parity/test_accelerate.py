@@ -1,0 +1,94 @@
+"""The one node for most people: what it sets, who wins over it, and when it does not split."""
+
+from __future__ import annotations
+
+import pytest
+from parity import inprocess
+
+JOB = inprocess.Job("flux", steps=3)
+
+
+def resolved(*attached, steps=20, device="cpu", dynamic=False):
+    """The settings of a run, and what was said."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from para_core.comfy import accelerate
+
+    said: list[str] = []
+    patcher = SimpleNamespace(
+        load_device=torch.device(device), is_dynamic=lambda: dynamic, model=SimpleNamespace(model_lowvram=False)
+    )
+    settings = {type(one).__name__: one for one in attached}
+    return accelerate.fill(settings, patcher, steps=steps, say=said.append), said
+
+
+def test_without_the_node_nothing_is_chosen(comfy):
+    from para_core.settings import Attention
+
+    assert resolved(Attention("cudnn")) == ({"Attention": Attention("cudnn")}, [])
+
+
+def test_a_node_that_sets_a_part_itself_wins_and_the_rest_is_chosen(comfy):
+    from para_core.cache.presets import PRESETS
+    from para_core.settings import Accelerate, Attention, Cache, Compile, Parallel
+
+    for own in (Attention("cudnn"), Cache(0.5), Parallel(3), Compile("compile")):
+        kind = type(own).__name__
+        for order in ((own, Accelerate(2)), (Accelerate(2), own)):
+            found, _ = resolved(*order)
+            assert found[kind] == own
+            rest = {"Parallel": Parallel(2, careful=True), "Attention": Attention("auto"), "Compile": Compile("off")}
+            rest["Cache"] = PRESETS["balanced"]
+            del rest[kind]
+            assert {name: found[name] for name in rest} == rest
+
+
+@pytest.mark.parametrize("preset", ["quality", "balanced", "fast"])
+def test_runs_of_few_steps_reuse_none_and_say_so(comfy, preset):
+    from para_core.cache.presets import FEW_STEPS, PRESETS
+    from para_core.settings import Accelerate
+
+    found, said = resolved(Accelerate(cache=preset), steps=FEW_STEPS)
+    assert "Cache" not in found and said == [f"No step is cached: a run of {FEW_STEPS} steps needs each of them."]
+    found, said = resolved(Accelerate(cache=preset), steps=FEW_STEPS + 1)
+    assert found["Cache"] == PRESETS[preset] and said == []
+    assert "Cache" not in resolved(Accelerate(cache="off"))[0]
+
+
+def test_blocks_are_compiled_where_weights_stay_on_a_gpu(comfy, monkeypatch):
+    from para_core.comfy import accelerate
+    from para_core.settings import Accelerate, Compile
+
+    for there in (True, False):
+        monkeypatch.setattr(accelerate, "find_spec", lambda _name, there=there: object() if there else None)
+        assert resolved(Accelerate(), device="cuda")[0]["Compile"] == Compile("compile+graph" if there else "off")
+    monkeypatch.undo()
+    assert resolved(Accelerate(), device="cuda", dynamic=True)[0]["Compile"] == Compile("off")
+    assert resolved(Accelerate(), device="cpu")[0]["Compile"] == Compile("off")
+    assert "Compile" not in resolved(Accelerate(compile="off"), device="cuda")[0]
+
+
+def test_on_the_cpu_it_computes_what_stock_does_without_splitting_and_says_why(comfy):
+    from para_core.settings import Accelerate
+
+    stock = inprocess.sample(inprocess.load("flux"), JOB)
+    latent, report = inprocess.run(inprocess.load("flux"), JOB, Accelerate(gpus=2))
+    assert report["ranks"] == 1 and inprocess.error(latent, stock) < 1e-6
+    assert "This run is not split: CPU processes share one processor." in report["notes"]
+
+
+@pytest.mark.parametrize(("rate", "ranks"), [(1e9, 2), (1e15, 1)], ids=["slow processor", "fast processor"])
+def test_a_run_is_split_if_the_measured_link_is_fast_for_the_processor(comfy, monkeypatch, rate, ranks):
+    """The link is that of two real processes; the rate of the processor is the test's."""
+    from para_core.comfy import split
+    from para_core.execution import gain
+    from para_core.settings import Accelerate
+
+    monkeypatch.setattr(gain, "matrix_rate", lambda device, dtype: rate)
+    monkeypatch.setattr(split, "processors_of_their_own", lambda device: True)
+    stock = inprocess.sample(inprocess.load("flux"), JOB)
+    latent, report = inprocess.run(inprocess.load("flux"), JOB, Accelerate(gpus=2, cache="off"))
+    assert report["ranks"] == ranks and inprocess.error(latent, stock) < 1e-5
+    assert any("times as long" in note for note in report["notes"]) is (ranks == 1)
