@@ -1,24 +1,30 @@
-"""A model as data: what a sidecar needs to build the same ModelPatcher, with the same weights and patches.
+"""A model as data: what a sidecar needs to hold the same diffusion model, with the weights that rank 0 computes with.
 
-The diffusion model travels as its class name, its configuration and its raw, *unpatched* tensors; patches travel as
-adapters and strengths, and are applied there by ComfyUI's own code, so that every rank rounds alike.
+It travels as its class name, its configuration and its tensors. Patches (LoRA and the like) do not travel: ComfyUI applies
+them on rank 0, with whatever code they carry, and the layers they change are sent as they come out. So every rank has the same
+bits, and no rank keeps the unpatched weights beside the patched ones.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
+import comfy.float
 import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
-import comfy.weight_adapter
 import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ..group.member import Held
+from ..group.weights import Unit
 
 PREFIX = "diffusion_model."
-ADAPTERS = {adapter.__name__: adapter for adapter in comfy.weight_adapter.adapters}
+QUANTISED = "comfy_quant"  # the entry of a layer's state that says how it is quantised
 
 
 class Unshareable(RuntimeError):
@@ -56,43 +62,90 @@ def recipe(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
     }
 
 
-def tensors(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, torch.Tensor]:
-    """The diffusion model's tensors as the file had them, by name, non-persistent buffers included.
+def options(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
+    """How the weights are used, beside what they are: plain data for ``ready``."""
+    return {"force_cast": bool(patcher.force_cast_weights)}
 
-    Loading applies patches in place and keeps the originals in ``backup``; those are the ones that count.
+
+def held(patcher: comfy.model_patcher.ModelPatcher) -> Held:
+    """What a sidecar should hold. ComfyUI gives a patcher another uuid whenever its patches or its casts change."""
+    patched = frozenset(_layer(key.removeprefix(PREFIX)) for key in patcher.patches if key.startswith(PREFIX))
+    plain = not patched and not any(options(patcher).values())
+    return Held("" if plain else patcher.patches_uuid.hex, patched)
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def units(patcher: comfy.model_patcher.ModelPatcher, layers: Collection[str] | None = None) -> list[Unit]:
+    """The tensors of the diffusion model that ``patcher`` has loaded, patches applied, non-persistent buffers included.
+
+    layers: only these modules (by name; None: all). Raises Unshareable for tensors of a kind that ComfyUI does not have.
     """
     model = patcher.model.diffusion_model
-    found = dict(model.state_dict())
-    found.update((name, buffer) for name, buffer in model.named_buffers() if name not in found)
-    originals = {key: saved.weight for key, saved in patcher.backup.items()}
-    originals.update(patcher.backup_buffers)
-    for key, original in originals.items():
-        name = key.removeprefix(PREFIX)
-        if key.startswith(PREFIX) and name in found:
-            if type(original) not in (torch.Tensor, torch.nn.Parameter):
-                raise Unshareable(f"{name} is stored as {type(original).__name__} and was patched in place")
-            found[name] = original
-    return {name: tensor.detach() for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+    found = {**dict(model.named_buffers()), **model.state_dict()}
+    by_layer: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in found.items():
+        if layers is None or _layer(name) in layers:
+            if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+                kind = type(tensor)
+                raise Unshareable(f"{name} is a {kind.__module__}.{kind.__qualname__}, which only the model's own loader understands")
+            by_layer.setdefault(_layer(name), {})[name.rpartition(".")[2]] = tensor
+    result = []
+    for layer, tensors in by_layer.items():
+        module = model.get_submodule(layer)
+        rows = [[f"{layer}.{name}".lstrip("."), list(tensor.shape), _dtype(module, name, tensors)] for name, tensor in tensors.items()]
+        result.append(Unit(rows, partial(_read, patcher, layer, tensors)))
+    return result
 
 
-def patches(patcher: comfy.model_patcher.ModelPatcher) -> list:
-    """Weight patches of the diffusion model as plain data. Raises Unshareable for patches that carry code."""
-    keys = sorted(key for key in patcher.patches if key.startswith(PREFIX))
-    return [[key, [_patch_data(key, *patch) for patch in patcher.patches[key]]] for key in keys]
+def _dtype(module: torch.nn.Module, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The dtype a tensor has when it is used; weights that stay in their file may be stored in another."""
+    stored = tensors[name].dtype
+    return stored if QUANTISED in tensors else getattr(module, f"{name}_comfy_model_dtype", None) or stored
 
 
-def _patch_data(key: str, strength: float, value, strength_model: float, offset, function) -> list:
-    if function is not None:
-        raise Unshareable(f"the patch of {key} comes with a function of its own")
-    if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
-        if ADAPTERS.get(type(value).__name__) is not type(value):
-            raise Unshareable(f"the patch of {key} is a {type(value).__name__}, which ComfyUI does not have")
-        value = {"adapter": type(value).__name__, "loaded_keys": sorted(value.loaded_keys), "weights": value.weights}
-    return [strength, value, strength_model, offset]
+def _read(patcher: comfy.model_patcher.ModelPatcher, layer: str, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """A layer's ``tensors`` as its forward uses them."""
+    module = patcher.model.diffusion_model.get_submodule(layer)
+    result = {}
+    for name, tensor in tensors.items():
+        dtype = _dtype(module, name, tensors)
+        result[name] = torch.zeros(tensor.shape, dtype=dtype) if tensor.is_meta else tensor.to(dtype)
+    for name in ("weight", "bias"):
+        patch = _patch(module, name)
+        if patch is not None:
+            result.update(_patched(patcher, module, name, patch))
+    return list(result.values())
 
 
-def build(data: Mapping[str, Any], weights: dict[str, torch.Tensor], device: torch.device) -> comfy.model_patcher.ModelPatcher:
-    """The sidecar's ModelPatcher: stock classes, ``weights`` taken as they are (no copy), on ``device``.
+def _patch(module: torch.nn.Module, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The patch that ComfyUI applies whenever it fetches this weight to the GPU, instead of once in place."""
+    if hasattr(module, "_v"):  # dynamic VRAM
+        return getattr(module, f"{name}_lowvram_function", None)
+    patches = [function for function in getattr(module, f"{name}_function", ()) if getattr(function, "is_lowvram_patch", False)]
+    return patches[0] if patches else None
+
+
+@torch.no_grad()
+def _patched(
+    patcher: comfy.model_patcher.ModelPatcher, module: torch.nn.Module, name: str, patch: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What such a patch makes of a weight, bit by bit: patched in the model's compute dtype, rounded with the layer's seed."""
+    weight = getattr(module, name).to(patcher.load_device)
+    seed = comfy.utils.string_to_seed(getattr(module, "seed_key", ""))
+    compute = patcher.model.get_dtype_inference()
+    if isinstance(weight, QuantizedTensor):
+        changed = patch(weight.to(dtype=compute).dequantize())
+        return weight.requantize_from_float(changed, scale="recalculate", stochastic_rounding=seed).state_dict(name)
+    dtype = getattr(module, f"{name}_comfy_model_dtype", None) or weight.dtype
+    changed = patch(weight.to(dtype).to(compute, copy=True))
+    return {name: comfy.float.stochastic_rounding(changed, dtype, seed=seed)}
+
+
+def build(data: Mapping[str, Any], device: torch.device) -> comfy.model_patcher.ModelPatcher:
+    """The sidecar's ModelPatcher on ``device``: stock classes, without weights.
 
     Raises ValueError for a class outside ComfyUI's own models: names come from another process.
     """
@@ -107,28 +160,45 @@ def build(data: Mapping[str, Any], weights: dict[str, torch.Tensor], device: tor
     config.manual_cast_dtype = data["manual_cast_dtype"]
     config.quant_config = data["quant_config"]
     config.optimizations = dict(data["optimizations"])
-    # quantised layers rebuild themselves on the device they were made for, so those are not built on "meta"
+    # quantised layers rebuild themselves on the device they were made for; they hold nothing until then
     model = comfy.model_base.BaseModel(config, device=device if config.quant_config else torch.device("meta"), unet_model=model_class)
-    diffusion_model = model.diffusion_model
-    diffusion_model.load_state_dict(weights, strict=False, assign=True)
-    for name in [name for name, _ in diffusion_model.named_buffers()]:
-        if name in weights:
-            comfy.utils.set_attr_buffer(diffusion_model, name, weights[name])
-    empty = [name for name, tensor in [*diffusion_model.named_parameters(), *diffusion_model.named_buffers()] if tensor.is_meta]
+    model.device = device
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def fill(patcher: comfy.model_patcher.ModelPatcher, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give layers of a sidecar's model their ``tensors``, all of a layer's at once.
+
+    What is there already is overwritten in place, so that a model whose patches change needs no memory for it.
+    """
+    by_layer: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        by_layer.setdefault(_layer(name), {})[name.rpartition(".")[2]] = tensor
+    for layer, own in by_layer.items():
+        module = patcher.model.diffusion_model.get_submodule(layer)
+        if QUANTISED in own:
+            # copies, because a view would keep its whole bucket; the description is read as text
+            own = {name: tensor.cpu() if name == QUANTISED else tensor.clone() for name, tensor in own.items()}
+            module.load_state_dict(own, strict=False, assign=True)
+        else:
+            for name, tensor in own.items():
+                _put(module, name, tensor)
+
+
+def _put(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    there = getattr(module, name, None)
+    if isinstance(there, torch.Tensor) and not there.is_meta and (there.shape, there.dtype) == (tensor.shape, tensor.dtype):
+        there.data.copy_(tensor)
+    else:
+        setattr(module, name, tensor if name in module._buffers else torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def ready(patcher: comfy.model_patcher.ModelPatcher, how: Mapping[str, Any]) -> None:
+    """Load a sidecar's model, all of whose weights have arrived, with the ``options`` of rank 0's. Raises ValueError if some have not."""
+    model = patcher.model.diffusion_model
+    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise ValueError(f"no weights arrived for {', '.join(empty[:5])}")
-    model.device = device
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
-
-
-def apply(patcher: comfy.model_patcher.ModelPatcher, data: list) -> None:
-    """Replace the patches of a sidecar's model and bake them into its weights with ComfyUI's own arithmetic."""
+    patcher.force_cast_weights = how["force_cast"]
     patcher.unpatch_model(patcher.load_device)
-    patcher.patches = {key: [_patch(*patch) for patch in stack] for key, stack in data}
     patcher.patch_model(patcher.load_device)
-
-
-def _patch(strength: float, value, strength_model: float, offset) -> tuple:
-    if isinstance(value, dict) and "adapter" in value:
-        value = ADAPTERS[value["adapter"]](set(value["loaded_keys"]), value["weights"])
-    return strength, value, strength_model, offset, None

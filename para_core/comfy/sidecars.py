@@ -15,8 +15,9 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from ..group.group import Group
+from ..group.member import Held
 from ..settings import Parallel
-from . import flags
+from . import files, flags
 from . import model as models
 
 SCRIPT = Path(__file__).resolve().parents[1] / "sidecar.py"
@@ -87,9 +88,18 @@ def _forget(number: int) -> None:
         _group.drop(number)
 
 
-def load(patcher: comfy.model_patcher.ModelPatcher) -> None:
-    """Have every rank hold the model of ``patcher``, patched alike. Raises Unshareable, Untransportable, RankLost, GroupError."""
-    group().load(model_id(patcher), models.recipe(patcher), lambda: models.tensors(patcher), models.patches(patcher))
+def load(patcher: comfy.model_patcher.ModelPatcher, working: float = 0) -> None:
+    """Have every rank hold the model of ``patcher``, patched alike, or open its file where a card cannot hold it.
+
+    working: bytes that computing needs beside the weights. Raises Unshareable, Untransportable, RankLost.
+    """
+    number, recipe, target = model_id(patcher), models.recipe(patcher), models.held(patcher)
+    how, origin = models.options(patcher), files.origin(patcher)
+    if origin is not None and (files.offloaded(patcher, working) or not group().fits(number, patcher.model_size())):
+        state = f"{target.state} {working}"  # with other needs it is loaded anew
+        group().open(number, origin, Held(state, target.changed, opened=True), files.patches(patcher), {**how, "working": working})
+    else:
+        group().load(number, recipe, target, lambda layers: models.units(patcher, layers), how)
 
 
 def detached(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:

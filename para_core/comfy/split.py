@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
@@ -62,7 +63,7 @@ class Split:
                 session.notes.say(reason)
                 return result
             self.group.measure(session.meter.exchanged)
-            sidecars.load(session.patcher)
+            sidecars.load(session.patcher, comfy.sampler_helpers.estimate_memory(*args[:3])[0])
             self.group.begin(
                 model=sidecars.model_id(session.patcher),
                 attention=session.attention.backend if session.attention else None,

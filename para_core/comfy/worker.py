@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
+import comfy.model_prefetch
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
@@ -19,22 +20,30 @@ from ..group.worker import Worker
 from ..plans import plan_for
 from ..sequence.hooks import Arguments
 from ..sequence.mesh import Comm, Mesh
-from . import calls, model
+from . import calls, files, model
 
 
 class ComfyHost:
     """``Host`` over ComfyUI."""
 
-    def build(self, recipe: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device):
-        patcher = model.build(recipe, weights, device)
-        model.apply(patcher, [])
-        return patcher
+    def build(self, recipe: dict[str, Any], device: torch.device):
+        return model.build(recipe, device)
+
+    def fill(self, patcher, tensors: dict[str, torch.Tensor]) -> None:
+        model.fill(patcher, tensors)
+
+    def ready(self, patcher, options: dict[str, Any]) -> None:
+        model.ready(patcher, options)
+
+    def open_file(self, origin: dict[str, Any], device: torch.device):
+        return files.open_file(origin, device)
+
+    def load(self, patcher, patches: list, options: dict[str, Any]) -> None:
+        files.load(patcher, patches, options)
 
     def free_memory(self, device: torch.device) -> int:
-        return int(comfy.model_management.get_free_memory(device))
-
-    def patch(self, patcher, patches: list) -> None:
-        model.apply(patcher, patches)
+        reserved = comfy.model_management.extra_reserved_memory() if device.type == "cuda" else 0
+        return int(comfy.model_management.get_free_memory(device) - reserved)
 
     def begin(self, patcher, run: dict[str, Any]) -> Run:
         return Run(patcher.model.diffusion_model, run)
@@ -44,6 +53,9 @@ class ComfyHost:
 
     def end(self, run: Run) -> None:
         run.runner.remove()
+        # as rank 0's main program does after a node: buffers of weights that come from host memory
+        comfy.model_management.reset_cast_buffers()
+        comfy.model_prefetch.cleanup_prefetch_queues()
 
 
 class Run:

@@ -7,7 +7,6 @@ A run lasts from ``form`` to ``end``. The first loss in it is kept in ``lost``, 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import queue
 import threading
@@ -25,13 +24,13 @@ from ..log import log
 from ..sequence.mesh import Comm, Degrees, Link, Mesh
 from ..stopwatch import Exchanged
 from .channel import ChannelClosed
-from .codec import as_bytes, encode, pack
+from .codec import encode, pack
 from .communicator import CommunicationFailed, Communicator, Meshes
 from .link import measure
 from .member import Member, RankLost, one_line
+from .models import Models
 from .pool import Pool
 from .watch import Watch, next_of
-from .weights import manifest, share
 
 _EXPLAINED = 2.0  # seconds in which the cause of a failed collective reaches the watch thread, if a peer is the cause
 
@@ -52,7 +51,7 @@ class Timeouts:
     idle: float = 900.0
 
 
-class Group:
+class Group(Models):
     """For one thread at a time (ComfyUI's prompt thread), but for ``drop``; a thread of its own listens to the members.
 
     script: the file workers run. hello: plain data a new worker is told first, by rank, device and group size.
@@ -291,59 +290,6 @@ class Group:
             self.give_up(f"rank 0 stopped: {type(error).__name__}")
             raise
 
-    # -- models -------------------------------------------------------------------------------------------------------
-
-    def load(self, model: int, recipe: Mapping[str, Any], tensors: Callable[[], Mapping[str, torch.Tensor]], patches: list) -> None:
-        """Have every rank hold ``model`` with ``patches`` applied; sends only what is missing.
-
-        tensors: called if weights must travel. Raises RankLost, also where fingerprints differ.
-        """
-        header, contents = encode(patches)
-        digest = content_hash(header, contents)
-        with self._lock:
-            self._drop_unwanted()
-            weights = tensors() if any(model not in member.models for member in self._members) else None
-            with self._shared():
-                if weights is not None:
-                    self._share(model, recipe, weights)
-                missing = [member for member in self._members if member.models[model] != digest]
-                for member in missing:
-                    member.tell("patches", {"id": model, "patches": patches, "hash": digest})
-                for member in missing:
-                    member.models[model] = self._reply(member, "patched", self.timeouts.load)
-                    self.counts["patches"] += 1
-
-    def _share(self, model: int, recipe: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        order = {"id": model, "recipe": dict(recipe), "manifest": manifest(tensors)}
-        for member in self._members:
-            member.tell("model", order)
-        assert self._comm is not None
-        sent = share(tensors, self._comm, self._device)
-        for member in self._members:
-            reply = self._reply(member, "loaded", self.timeouts.load)
-            for dropped in reply["dropped"]:
-                member.models.pop(dropped, None)
-            if reply["fingerprint"] != sent:
-                self._lose(member, "received other weights than were sent", kill=True)
-                self._check()
-            member.models.setdefault(model, content_hash(*encode([])))
-        self.counts["models"] += 1
-
-    def drop(self, model: int) -> None:
-        """Free a model everywhere, soon. For any thread and for finalizers: it takes no lock."""
-        self._unwanted.put(model)
-        self._watch.wake()
-
-    def _drop_unwanted(self) -> None:
-        while not self._unwanted.empty():
-            model = self._unwanted.get()
-            for member in self._members:
-                if member.models.pop(model, None) is not None and member.reachable:
-                    try:
-                        member.tell("drop", model)
-                    except RankLost:
-                        continue
-
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def link(self) -> Link:
@@ -411,10 +357,3 @@ class Group:
                     continue
         self._watch.wake()
 
-
-def content_hash(header: str, tensors: Sequence[torch.Tensor]) -> str:
-    """A hash of plain data with its tensors' bytes."""
-    digest = hashlib.sha256(header.encode())
-    for tensor in tensors:
-        digest.update(as_bytes(tensor).cpu().numpy().data)
-    return digest.hexdigest()

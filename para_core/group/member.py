@@ -19,11 +19,23 @@ class RankLost(RuntimeError):
     """A rank died, hung or failed while others depended on it: a clause that says which, how, and its last line."""
 
 
+@dataclass(frozen=True)
+class Held:
+    """A model on a worker. ``state`` names its weights ("": as in its file); ``changed``: the layers that are not as in its file.
+
+    ``opened``: the worker has opened the file itself, because its device cannot hold the model.
+    """
+
+    state: str
+    changed: frozenset[str]
+    opened: bool = False
+
+
 @dataclass(eq=False)
 class Member:
     """One sidecar. ``ready``: it has imported what it needs. ``heard``: when it last said something, by the monotonic clock.
 
-    ``models``: what it holds, by model id: the hash of the patches applied there.
+    ``models``: what it holds, by model id.
     """
 
     rank: int
@@ -33,7 +45,7 @@ class Member:
     ready: bool = False
     heard: float = 0.0
     replies: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-    models: dict[int, str] = field(default_factory=dict)
+    models: dict[int, Held] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.device}"

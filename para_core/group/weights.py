@@ -1,8 +1,12 @@
-"""Raw weights from rank 0 to every other rank: in buckets, by broadcast, with a fingerprint that all ranks must share."""
+"""Weights from rank 0 to every other rank: in buckets, by broadcast, with a fingerprint that all ranks must share.
+
+Tensors travel from device to device. A rank holds no more of them than its model and the bucket that is arriving.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,29 +16,40 @@ from .codec import pack, unpack
 
 BUCKET = 64 * 2**20  # bytes: large enough for full link speed, small beside any card
 
+Row = list[Any]
+"""A tensor to come: [name, shape, dtype]."""
 
-def buckets(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Runs of tensors of about ``BUCKET`` bytes, in the mapping's order; a larger tensor travels alone."""
-    bucket: dict[str, torch.Tensor] = {}
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that arrive together, such as a layer's. ``read`` makes them when their turn comes, in the order of ``rows``."""
+
+    rows: list[Row]
+    read: Callable[[], Sequence[torch.Tensor]]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in self.rows)
+
+
+def buckets(units: Iterable[Unit]) -> Iterator[list[Unit]]:
+    """Runs of units of about ``BUCKET`` bytes, in order; a larger unit travels alone."""
+    bucket: list[Unit] = []
     size = 0
-    for name, tensor in tensors.items():
-        if bucket and size + tensor.nbytes > BUCKET:
+    for unit in units:
+        if bucket and size + unit.size > BUCKET:
             yield bucket
-            bucket, size = {}, 0
-        bucket[name] = tensor
-        size += tensor.nbytes
+            bucket, size = [], 0
+        bucket.append(unit)
+        size += unit.size
     if bucket:
         yield bucket
 
 
-def manifest(tensors: Mapping[str, torch.Tensor]) -> list[list[list[Any]]]:
-    """What ``receive`` must expect: for every bucket its [name, shape, dtype] rows."""
-    return [[[name, list(tensor.shape), tensor.dtype] for name, tensor in bucket.items()] for bucket in buckets(tensors)]
-
-
-def size(expected: list[list[list[Any]]]) -> int:
-    """Bytes of the tensors in a manifest."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for bucket in expected for _, shape, dtype in bucket)
+def manifest(units: Iterable[Unit]) -> list[list[Row]]:
+    """What ``receive`` must expect: the rows of every bucket."""
+    return [[row for unit in bucket for row in unit.rows] for bucket in buckets(units)]
 
 
 def fingerprint(buffer: torch.Tensor) -> int:
@@ -43,24 +58,24 @@ def fingerprint(buffer: torch.Tensor) -> int:
     return (int(words.sum()) + int(buffer[words.numel() * 8 :].sum())) % 2**64
 
 
-def share(tensors: Mapping[str, torch.Tensor], comm: Comm, device: torch.device) -> int:
+def share(units: Iterable[Unit], comm: Comm, device: torch.device) -> int:
     """Rank 0's side: broadcast every bucket over ``comm``. Returns the fingerprint of everything sent."""
     total = 0
-    for bucket in buckets(tensors):
-        buffer, _ = pack([tensor.to(device) for tensor in bucket.values()])
+    for bucket in buckets(units):
+        buffer, layout = pack([tensor for unit in bucket for tensor in unit.read()], device)
+        if [[shape, dtype] for unit in bucket for _, shape, dtype in unit.rows] != [
+            [shape, getattr(torch, name)] for name, shape, _ in layout
+        ]:
+            raise RuntimeError(f"weights changed while they were sent, near {bucket[0].rows[0][0]}")
         comm.broadcast(buffer)
         total += fingerprint(buffer)
     return total % 2**64
 
 
-def receive(expected: list[list[list[Any]]], comm: Comm, device: torch.device) -> tuple[dict[str, torch.Tensor], int]:
-    """The other ranks' side: the tensors by name, as views of the received buckets, and their fingerprint."""
-    tensors: dict[str, torch.Tensor] = {}
-    total = 0
+def receive(expected: list[list[Row]], comm: Comm, device: torch.device) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+    """The other ranks' side, bucket by bucket: tensors by name, as views of one buffer on ``device``, and its fingerprint."""
     for bucket in expected:
         empty, layout = pack([torch.empty(shape, dtype=dtype, device="meta") for _, shape, dtype in bucket])
         buffer = torch.empty(empty.numel(), dtype=torch.uint8, device=device)
         comm.broadcast(buffer)
-        total += fingerprint(buffer)
-        tensors.update(zip([name for name, _, _ in bucket], unpack(buffer, layout, device), strict=True))
-    return tensors, total % 2**64
+        yield dict(zip([name for name, _, _ in bucket], unpack(buffer, layout), strict=True)), fingerprint(buffer)

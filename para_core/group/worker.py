@@ -21,7 +21,7 @@ from .codec import decode, packed_size, unpack
 from .communicator import CommunicationFailed, Communicator, Meshes
 from .link import measure
 from .member import one_line
-from .weights import receive, size
+from .weights import receive
 
 BEAT = 0.5  # seconds between signs of life during a run
 
@@ -31,14 +31,23 @@ ROOM = 1.25  # memory that must be free for a new model, as a multiple of its we
 class Host(Protocol):
     """What the worker needs of the program whose models it runs."""
 
-    def build(self, recipe: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device) -> Any:
-        """A model from its recipe and raw weights."""
+    def build(self, recipe: dict[str, Any], device: torch.device) -> Any:
+        """A model from its recipe, without weights."""
+
+    def fill(self, model: Any, tensors: dict[str, torch.Tensor]) -> None:
+        """Take some of the model's weights, whole layers at a time. They are on the model's device and may be kept."""
+
+    def ready(self, model: Any, options: dict[str, Any]) -> None:
+        """All weights are there: see that none is missing, and load the model as ``options`` say."""
+
+    def open_file(self, origin: dict[str, Any], device: torch.device) -> Any:
+        """A model from the file that rank 0's came from, for a device that cannot hold it."""
+
+    def load(self, model: Any, patches: list, options: dict[str, Any]) -> None:
+        """Load a model from ``open_file`` with these patches in place of those it had."""
 
     def free_memory(self, device: torch.device) -> int:
         """Bytes that could be allocated on ``device``."""
-
-    def patch(self, model: Any, patches: list) -> None:
-        """Replace the model's weight patches."""
 
     def begin(self, model: Any, run: dict[str, Any]) -> Any:
         """A runner for one sampling run."""
@@ -159,12 +168,39 @@ class Worker:
         self.channel.tell("joined", self._epoch)
 
     def on_model(self, order: dict[str, Any]) -> None:
-        """Receive a model; one that is here already is received and dropped, for the sake of the others."""
-        dropped = [] if order["id"] in self._models else self._make_room(size(order["manifest"]))
-        weights, fingerprint = receive(order["manifest"], self.comm, self.device)
-        if order["id"] not in self._models:
-            self._models[order["id"]] = self.host.build(order["recipe"], weights, self.device)
+        """Receive a model. One that is here already takes the same weights again, for the sake of the others."""
+        held = self._models.get(order["id"])
+        dropped = [] if held is not None else self._make_room(order["size"])
+        model = held if held is not None else self.host.build(order["recipe"], self.device)
+        fingerprint = self._fill(model, order)
+        self._models[order["id"]] = model
         self.channel.tell("loaded", {"fingerprint": fingerprint, "dropped": dropped})
+
+    def on_patches(self, order: dict[str, Any]) -> None:
+        """Receive the layers of a model that have changed."""
+        self.channel.tell("patched", {"fingerprint": self._fill(self._models[order["id"]], order)})
+
+    def _fill(self, model: Any, order: dict[str, Any]) -> int:
+        total = 0
+        for tensors, fingerprint in receive(order["manifest"], self.comm, self.device):
+            total += fingerprint
+            self.host.fill(model, tensors)
+        self.host.ready(model, order["options"])
+        return total % 2**64
+
+    def on_room(self, size: int) -> None:
+        """Could a model be held here? Others go for it as for one that arrives."""
+        dropped = self._make_room(size)
+        self.channel.tell("room", {"fits": self.host.free_memory(self.device) >= ROOM * size, "dropped": dropped})
+
+    def on_open(self, order: dict[str, Any]) -> None:
+        """Open a model's file, or change the patches of one that is open."""
+        model = self._models.pop(order["id"], None)
+        if model is None:
+            model = self.host.open_file(order["origin"], self.device)
+        self.host.load(model, order["patches"], order["options"])
+        self._models[order["id"]] = model
+        self.channel.tell("opened")
 
     def _make_room(self, needed: int) -> list[int]:
         """Drop models, least recently used first, until ``needed`` bytes and some for computing are free. Returns their ids."""
@@ -173,10 +209,6 @@ class Worker:
             dropped.append(next(iter(self._models)))
             self.on_drop(dropped[-1])
         return dropped
-
-    def on_patches(self, order: dict[str, Any]) -> None:
-        self.host.patch(self._models[order["id"]], order["patches"])
-        self.channel.tell("patched", order["hash"])
 
     def on_drop(self, model: int) -> None:
         self._models.pop(model, None)

@@ -19,8 +19,14 @@ class FakeHost:
     def __init__(self, total: int):
         self.total, self.worker = total, None
 
-    def build(self, recipe: dict, weights: dict, device: torch.device) -> str:
+    def build(self, recipe: dict, device: torch.device) -> str:
         return f"model {recipe['number']}"
+
+    def fill(self, model: str, tensors: dict) -> None:
+        assert model.startswith("model")
+
+    def ready(self, model: str, options: dict) -> None:
+        assert options == {"of": "rank 0"}
 
     def free_memory(self, device: torch.device) -> int:
         return self.total - GIB * len(self.worker._models)
@@ -39,7 +45,7 @@ class FakeChannel:
 
 @pytest.fixture
 def worker(monkeypatch):
-    monkeypatch.setattr(module, "receive", lambda manifest, comm, device: ({}, 7))
+    monkeypatch.setattr(module, "receive", lambda manifest, comm, device: [({}, 3), ({}, 4)])
     host, channel = FakeHost(total=int(3.3 * GIB)), FakeChannel()
     found = Worker(channel, host, torch.device("cpu"), lambda: None)
     found._comm = object()
@@ -49,7 +55,7 @@ def worker(monkeypatch):
 
 def load(worker: Worker, number: int) -> list[int]:
     """Models that made room for this one."""
-    order = {"id": number, "recipe": {"number": number}, "manifest": [[["weight", [GIB // 4], torch.float32]]]}
+    order = {"id": number, "recipe": {"number": number}, "manifest": [], "size": GIB, "options": {"of": "rank 0"}}
     worker.on_model(order)
     kind, payload = worker.channel.told[-1]
     assert kind == "loaded" and payload["fingerprint"] == 7
