@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -94,6 +95,8 @@ class CompiledBlocks:
         self._number = number(attend)
         self._attend = attend  # keeps its number
         self._kept = hooks.plan.options
+        self.around: Callable[[], AbstractContextManager] = nullcontext
+        """What compiled code runs in."""
         local, exchanged = ({option: functools.partial(override, self._number, flag)} for flag in (False, True))
         forwards: dict[type, Callable] = {}
         hooks.release_submodules()
@@ -125,7 +128,8 @@ class CompiledBlocks:
                 args = tuple(dense(value) for value in args)
                 kwargs = {name: dense(value) for name, value in kwargs.items()}
                 try:
-                    return compiled(block, *args, **kwargs)
+                    with self.around():
+                        return compiled(block, *args, **kwargs)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     self.failure = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                     self._say(f"Blocks run as they are, because {type(block).__name__} could not be compiled: {self.failure}")

@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..cache.first_block import FirstBlockCache
+from .constants import Constants
 
 LIMIT = 4  # captures alive at once; each holds the activations of its shape
 WARM = 1  # forwards of a shape before it is captured: libraries initialise and kernels are compiled in them
@@ -86,6 +87,7 @@ class Graphs:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
+        self.constants = Constants()
         self.captures: OrderedDict[Hashable, Capture] = OrderedDict()
         self.replays = 0
         self.failure: str | None = None
@@ -106,7 +108,8 @@ class Graphs:
         if capture is None:
             self._seen[key] = self._seen.get(key, 0) + 1
             if self._seen[key] <= WARM:
-                return call(*args, **kwargs)
+                with self.constants:
+                    return call(*args, **kwargs)
             try:
                 capture = self._capture(key, call, leaves, tree, cache)
             except RuntimeError as error:
@@ -135,10 +138,13 @@ class Graphs:
         with torch.cuda.stream(stream):
             recorder.begin()
             try:
+                self.constants.answering = True
                 if cache is not None:
                     cache.tap = recorder
-                output = call(*args, **kwargs)
+                with self.constants:
+                    output = call(*args, **kwargs)
             finally:
+                self.constants.answering = False
                 if cache is not None:
                     cache.tap = None
                 recorder.end()
@@ -151,4 +157,5 @@ class Graphs:
         """Forget every capture and free what they hold."""
         self.captures.clear()
         self._seen.clear()
+        self.constants.held.clear()
         self._pool = None

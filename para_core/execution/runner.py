@@ -96,6 +96,8 @@ class Runner:
         self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE, chooser.say) if compiled else None
         self.cache = FirstBlockCache(self.hooks) if cached else None
         self.graphs = Graphs(chooser.say)
+        if self.compiled is not None:
+            self.compiled.around = self.graphs.constants.paused
 
     def remove(self) -> None:
         """Leave the model as it was."""
