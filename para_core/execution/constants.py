@@ -63,7 +63,7 @@ class Constants(TorchDispatchMode):
         return type(source) in (torch.Tensor, torch.nn.Parameter) and source.device.type == "cpu" and target.type == self.device_type
 
     def _copy(self, source: torch.Tensor, how: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        content = source.detach().contiguous().flatten().view(torch.uint8).numpy() if source.numel() else b""
+        content = source.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() if source.numel() else b""
         key = (how, tuple(source.shape), source.dtype, sha256(content).digest())
         if self.answering and key in self.held:
             return self.held[key].clone()
