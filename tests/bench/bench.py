@@ -16,12 +16,23 @@ import platform
 import subprocess
 import sys
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from env import comfy_import  # noqa: E402
+
+PACKAGES = ("comfy-kitchen", "sageattention", "flash-attn", "diffusers", "cache-dit")
+
+
+def installed(package: str) -> str | None:
+    """Version of a package that may be missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, str]:
@@ -35,6 +46,7 @@ def machine() -> dict[str, str]:
         "commit": commit or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{package: version for package in PACKAGES if (version := installed(package))},
         "device": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}" if cuda else f"{platform.machine()} CPU",
     }
 

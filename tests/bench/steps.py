@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -49,6 +50,39 @@ WAN = {
     "cross_attn_norm": True,
     "eps": 1e-6,
 }
+HUNYUAN = {
+    "image_model": "hunyuan_video",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "hidden_size": 3072,
+    "mlp_ratio": 4.0,
+    "num_heads": 24,
+    "depth": 20,
+    "depth_single_blocks": 40,
+    "axes_dim": [16, 56, 56],
+    "theta": 256,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "meanflow": False,
+    "meanflow_sum": False,
+    "byt5": False,
+    "use_cond_type_embedding": False,
+    "vision_in_dim": None,
+}
+COGVIDEOX = {
+    "image_model": "cogvideox",
+    "num_attention_heads": 48,
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "patch_size": 2,
+    "num_layers": 42,
+    "time_embed_dim": 512,
+    "text_embed_dim": 4096,
+    "use_rotary_positional_embeddings": True,
+}
 
 
 @dataclass(frozen=True)
@@ -66,12 +100,15 @@ CASES = {
     "flux-1024": Case(FLUX, (1, 16, 128, 128), (512, 4096), 768),
     "flux-2048": Case(FLUX, (1, 16, 256, 256), (512, 4096), 768),
     "wan-480p": Case(WAN, (1, 16, 21, 60, 104), (512, 4096), steps=5),
+    "hunyuan-720p": Case(HUNYUAN, (1, 16, 33, 90, 160), (256, 4096), 768, steps=4),
+    "cogvideox-5b": Case(COGVIDEOX, (1, 16, 13, 60, 90), (226, 4096), steps=5),
 }
 
 
 def tiny(case: Case) -> Case:
     """The same with two blocks of each kind and few tokens."""
     small = {"depth": 2, "depth_single_blocks": 2, "hidden_size": 384, "num_heads": 3, "num_layers": 2, "dim": 384, "ffn_dim": 512}
+    small |= {"num_attention_heads": 3}
     config = {name: small.get(name, value) for name, value in case.config.items()}
     return replace(case, config=config, latent=(*case.latent[:2], *(4 for _ in case.latent[2:])), steps=3)
 
@@ -88,8 +125,8 @@ def build(case: Case) -> comfy.model_patcher.ModelPatcher:
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
-def run(model: comfy.model_patcher.ModelPatcher, case: Case) -> tuple[torch.Tensor, float]:
-    """Latents, and the median seconds of a step (the first one, which warms up, does not count)."""
+def run(model: comfy.model_patcher.ModelPatcher, case: Case) -> tuple[torch.Tensor, list[float]]:
+    """Latents, and the seconds of each step but the first, which warms up."""
     generator = torch.Generator().manual_seed(1)
     context = torch.randn(1, *case.text, generator=generator)
     extra = {"pooled_output": torch.randn(1, case.pooled, generator=generator)} if case.pooled else {}
@@ -106,7 +143,7 @@ def run(model: comfy.model_patcher.ModelPatcher, case: Case) -> tuple[torch.Tens
             model, noise, case.steps, 1.0, "euler", "simple", [[context, extra]], [[context, extra]], torch.zeros(case.latent),
             disable_pbar=True, callback=stamp, seed=1,
         )  # fmt: skip
-    return latents.float(), statistics.median(after - before for before, after in zip(stamps, stamps[1:], strict=False))
+    return latents.float(), [after - before for before, after in itertools.pairwise(stamps)]
 
 
 def measure(names: list[str], backends: list[str], modes: list[str], *, quick: bool) -> list[dict[str, object]]:
@@ -125,7 +162,10 @@ def measure(names: list[str], backends: list[str], modes: list[str], *, quick: b
         reference, stock = None, 0.0
         for way, patched in ways.items():
             run(patched, case)
-            latents, seconds = run(patched, case)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            latents, times = run(patched, case)
+            seconds = statistics.median(times)
             if reference is None:
                 reference, stock = latents, seconds
             error = float((latents - reference).norm() / reference.norm())
@@ -133,8 +173,10 @@ def measure(names: list[str], backends: list[str], modes: list[str], *, quick: b
                 "case": name,
                 "way": way,
                 "step_ms": round(seconds * 1e3, 1),
+                "spread_ms": round((max(times) - min(times)) * 1e3, 1),
                 "over_stock": round(stock / seconds, 3),
                 "error": f"{error:.1e}",
+                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
             }
             print(row, flush=True)
             rows.append(row)
