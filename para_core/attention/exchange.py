@@ -114,7 +114,7 @@ def _attend(
     traffic.calls += 1
     if mesh.ulysses.size > 1 and k.shape[1] != q.shape[1] and k.shape[1] % mesh.ulysses.size:
         k, v = expand_kv(q, k, v)
-    heads = ulysses.split_heads(q.shape[1], k.shape[1], mesh.ulysses.size)
+    heads = ulysses.split_heads(q.shape[1], k.shape[1], mesh.ulysses.size, mesh.head_speeds)
     if mask is not None:
         mask = masks.exchanged_mask(mask, mesh, exchange.q, exchange.kv, heads.own(mesh.ulysses.rank), exchange.index, traffic)
     if mesh.ulysses.size == 1:

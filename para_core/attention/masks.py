@@ -85,7 +85,7 @@ def _gather(mask: torch.Tensor, dim: int, comm: Comm, rows: Sequence[int], traff
     local = mask.movedim(dim, 0).contiguous()
     width = math.prod(local.shape[1:]) * mask.element_size()
     # Bytes travel: not every backend of torch.distributed takes bool tensors.
-    sent = local.view(torch.uint8).flatten().repeat(comm.size)
+    sent = local.flatten().view(torch.uint8).repeat(comm.size)
     received = sent.new_empty(sum(rows) * width)
     own = len(local) * width
     comm.all_to_all(received, sent, [count * width for count in rows], [own] * comm.size)

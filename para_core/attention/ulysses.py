@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-from ..sequence.layout import balanced
+from ..sequence.layout import balanced, weighted
 from ..sequence.mesh import Comm
 from .kernel import Kernel
 from .traffic import Traffic
@@ -35,10 +35,13 @@ class Heads:
 
 
 @lru_cache(maxsize=256)
-def split_heads(heads: int, kv_heads: int, ranks: int) -> Heads:
-    """Cut heads as evenly as possible; ``kv_heads < heads`` (grouped queries) must divide by ``ranks``."""
+def split_heads(heads: int, kv_heads: int, ranks: int, speeds: tuple[float, ...] | None = None) -> Heads:
+    """Cut heads as evenly as possible, or in proportion to the ranks' ``speeds``.
+
+    ``kv_heads < heads`` (grouped queries) must divide by ``ranks``, and are cut evenly.
+    """
     if kv_heads == heads:
-        shares = balanced(heads, ranks)
+        shares = weighted(heads, speeds) if speeds else balanced(heads, ranks)
         return Heads(shares, shares)
     if heads % kv_heads or kv_heads % ranks:
         raise ValueError(f"{heads} query heads in groups over {kv_heads} key heads cannot be cut for {ranks} ranks")

@@ -90,7 +90,7 @@ class Split:
         if not self.plan.stacks:
             return ""
         rows = shape[0] * (1 if math.isclose(self.session.cfg, 1.0) else 2)
-        tokens = self._image_tokens(shape[2:])
+        tokens = image_tokens(self.plan, model, shape[2:])
         rate = gain.matrix_rate(device, self.session.patcher.model.get_dtype_inference())
         times = gain.gain(gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens), rate, self.group.link())
         if times > gain.WORTH:
@@ -154,8 +154,8 @@ class Split:
             code = calls.obstacle(call.options)
             if code:
                 raise Obstacle(f"{code} exists in ComfyUI's own process only")
-        rows = len(model_calls) if len(model_calls) > 1 else model_calls[0].rows
-        tokens = min(self._tokens(call) for call in model_calls) if self.plan.stacks else None
+        rows = len(model_calls) if len(model_calls) > 1 else separable(self.plan, model_calls[0])
+        tokens = min(shortest(self.plan, session.model, call) for call in model_calls) if self.plan.stacks else None
         degrees = self.degrees(rows, tokens, session.notes.say)
         shares = share(model_calls, degrees.batch)
         degrees = replace(degrees, batch=len(shares))
@@ -198,17 +198,6 @@ class Split:
         results = [piece.view(side) for piece, side in zip(flat.split(sizes), sides, strict=True)]
         return results[0] if isinstance(first, torch.Tensor) else results
 
-    def _tokens(self, call: ModelCall) -> int:
-        """Length of the shortest segment of a call; references and the like, which make the image's longer, are not counted."""
-        tokens = self._image_tokens(call.latents[0].shape[2:])
-        return tokens if self.plan.text is None else min(tokens, call.arguments.get(self.plan.text).shape[1])
-
-    def _image_tokens(self, sides: Sequence[int]) -> int:
-        """Tokens of an image or a video of these latent ``sides``."""
-        patch = attribute(self.session.model, self.plan.patch)
-        patches = [patch] * len(sides) if isinstance(patch, int) else patch
-        return math.prod(-(-side // size) for side, size in zip(sides, patches, strict=True))
-
     def _cache_steps(
         self, model_calls: list[ModelCall], shares: list[Share], degrees: Degrees
     ) -> tuple[list[Step | None], dict[Hashable, Hashable]]:
@@ -229,6 +218,28 @@ class Split:
 def processors_of_their_own(device: torch.device) -> bool:
     """Whether ranks beside ``device`` compute on hardware of their own."""
     return device.type == "cuda"
+
+
+def image_tokens(plan: Plan, model: torch.nn.Module, sides: Sequence[int]) -> int:
+    """Tokens of an image or a video of these latent ``sides``."""
+    patch = attribute(model, plan.patch)
+    patches = [patch] * len(sides) if isinstance(patch, int) else patch
+    return math.prod(-(-side // size) for side, size in zip(sides, patches, strict=True))
+
+
+def shortest(plan: Plan, model: torch.nn.Module, call: ModelCall) -> int:
+    """Length of the shortest segment of a call; references and the like, which make the image's longer, are not counted."""
+    found = [image_tokens(plan, model, call.latents[0].shape[2:])]
+    if plan.text is not None:
+        found.append(call.arguments.get(plan.text).shape[1])
+    if plan.fewest is not None:
+        found.append(plan.fewest(model, call.latents, call.arguments.get) or found[0])
+    return min(found)
+
+
+def separable(plan: Plan, call: ModelCall) -> int:
+    """Batch rows of a call that different ranks may compute."""
+    return 1 if call.rows > 1 and plan.coupled is not None and plan.coupled(call.arguments.get) else call.rows
 
 
 def share(model_calls: list[ModelCall], replicas: int) -> list[Share]:

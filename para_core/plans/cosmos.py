@@ -2,6 +2,11 @@
 
 from .plan import Blocks, Plan
 
+
+def rows(model, latents, _get) -> int:
+    return -(-latents[0].shape[3] // model.patch_spatial)
+
+
 PREDICT2 = Plan(
     family="Cosmos-Predict2",
     models=("ldm.cosmos.predict2.MiniTrainDIT", "ldm.anima.model.Anima"),
@@ -19,6 +24,7 @@ PREDICT2 = Plan(
     streams=("rows",),
     heads="num_heads",
     patch="patch_spatial",
+    fewest=rows,
 )
 
 
@@ -48,6 +54,7 @@ PREDICT1 = Plan(
     streams=("rows",),
     heads="num_heads",
     patch="patch_spatial",
+    fewest=rows,
     borders="whole",  # positions are added to all tokens before every block
     decline=decline,
 )

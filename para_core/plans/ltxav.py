@@ -5,6 +5,14 @@ from .rules import compressed, guide_mask
 
 VIDEO, AUDIO = ("video",), ("audio",)
 
+
+def coupled(get) -> bool:
+    """The gates between the streams read the highest timestep of all rows: elsewhere it must be every row's own."""
+    timestep = get("timestep")
+    highest = [own.flatten(1).amax(1) for own in (timestep if isinstance(timestep, (tuple, list)) else [timestep])]
+    return any(bool((own != own[0]).any()) for own in highest)
+
+
 PLAN = Plan(
     family="LTX-2",
     models=("ldm.lightricks.av_model.LTXAVModel",),
@@ -35,4 +43,6 @@ PLAN = Plan(
     heads="audio_num_attention_heads",
     options=("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn"),
     patch="patchifier.patch_size",
+    fewest=lambda _model, latents, _get: latents[1].shape[2] if len(latents) > 1 else 0,  # of audio
+    coupled=coupled,
 )

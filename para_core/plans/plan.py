@@ -92,6 +92,8 @@ class Plan:
         other segments are dropped by the model itself. heads: attribute path of the number of attention heads.
     text: argument of the model's forward with the text tokens (dim 1), where they are cut too. patch: attribute path of the
         patch size, one number or one a side: how many tokens an image or a video has at least.
+    fewest: fewest(model, latents, get), rows of a segment that may be shorter than these (0: there is none), from the
+        latents and the forward's arguments. coupled: coupled(get), whether batch rows depend on each other in this call.
     options: transformer options that the family's forward reads besides patches and the attention override: all that
         compiled blocks and captured forwards are given.
     control: True where ControlNet residuals (``control["input" / "output"]`` lists) are added to a stream between blocks.
@@ -110,6 +112,8 @@ class Plan:
     heads: str = ""
     text: str | None = None
     patch: str = "patch_size"
+    fewest: Callable[[Any, list, Callable[[str], Any]], int] | None = None
+    coupled: Callable[[Callable[[str], Any]], bool] | None = None
     control: bool = False
     options: tuple[str, ...] = ()
     regather: Segments = ()

@@ -48,6 +48,7 @@ HUMO = replace(
     family="Wan HuMo",
     models=("ldm.wan.model.HumoWanModel",),
     stacks=(replace(BLOCKS, rules={**BLOCKS.rules, **AUDIO}, units={"img": whole_frames("audio", 16)}),),
+    fewest=lambda _model, latents, get: 0 if get("audio_embed") is None else latents[0].shape[2],  # frames
 )
 # between the blocks of these, adapters work on all tokens, frame by frame
 WHOLE = replace(

@@ -37,7 +37,7 @@ class Forward:
 
     def __init__(self, mesh: Mesh, regather: frozenset[str] = frozenset()):
         self.mesh, self.regather = mesh, regather
-        self.cut = Cut(mesh.sequence.rank, mesh.sequence.size, regathered=regather)
+        self.cut = Cut(mesh.sequence.rank, mesh.sequence.size, mesh.speeds, regathered=regather)
         self.sharded = False
         self.skipping = False
         self.whole: frozenset[str] = frozenset()
@@ -138,7 +138,7 @@ class Hooks:
             if forward is None:
                 return None
             cut = forward.cut
-            if forward.sharded and (cut.ranks == 1 or (forward.skipping and not last and not spec.side)):
+            if forward.sharded and (cut.ranks == 1 or (forward.skipping and not last and (forward.whole or not spec.side))):
                 return None
             if cut.ranks == 1 and not first:
                 return None  # a patch skips the first block: there is nothing to cut, and nothing to compare
@@ -149,6 +149,7 @@ class Hooks:
                     return None
             if forward.whole or spec.side:
                 self._cut(forward, spec, block)
+                place_stream(cut, spec, block, self.plan.streams[0])
             else:
                 for name, _, segments, tensor in tokens(spec, block):
                     expect(cut, name, segments, tensor, spec.dim)
@@ -277,6 +278,15 @@ def expect(cut: Cut, name: str, segments: tuple[str, ...], tensor: torch.Tensor,
     """Between blocks nothing may have changed the number of rows: a patch that did would be silently wrong."""
     if tensor.shape[dim] != cut.width(segments):
         raise TokenError(f"{name} has {tensor.shape[dim]} rows between blocks, expected {cut.width(segments)}")
+
+
+def place_stream(cut: Cut, spec: Blocks, block: Arguments, stream: str) -> None:
+    """Where the stream begins and the tokens end, which the loop has told attention patches of whole tokens, for local ones."""
+    options = block.get("transformer_options")
+    joined = next((segments for _, _, segments in spec.held if stream in segments[1:]), None)
+    if joined is not None and isinstance(options, dict) and "img_slice" in options:
+        local = [cut.width(joined[: joined.index(stream)]), cut.width(joined)]
+        block.put("transformer_options", {**options, "img_slice": local})
 
 
 class LocalControl(dict):

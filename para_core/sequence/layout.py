@@ -22,14 +22,23 @@ def balanced(length: int, ranks: int) -> tuple[int, ...]:
 
 
 def weighted(length: int, weights: Sequence[float]) -> tuple[int, ...]:
-    """Cut ``length`` rows in proportion to positive ``weights`` (largest remainders get the odd rows)."""
+    """Cut ``length`` rows in proportion to positive ``weights``, each share within one row of it (largest remainders).
+
+    Where there are as many rows as ranks nobody gets none, whatever its weight: stock blocks do not take empty shards.
+    """
     if not weights or min(weights) <= 0:
         raise ValueError(f"weights must be positive, got {list(weights)}")
     exact = [length * weight / sum(weights) for weight in weights]
     rows = [int(share) for share in exact]
-    order = sorted(range(len(rows)), key=lambda rank: (rows[rank] - exact[rank], rank))
-    for rank in order[: length - sum(rows)]:
+
+    def excess(rank: int) -> float:
+        return rows[rank] - exact[rank]
+
+    for rank in sorted(range(len(rows)), key=excess)[: length - sum(rows)]:
         rows[rank] += 1
+    while length >= len(rows) and 0 in rows:
+        rows[max((rank for rank, count in enumerate(rows) if count > 1), key=excess)] -= 1
+        rows[rows.index(0)] = 1
     return tuple(rows)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -69,9 +70,16 @@ class Mesh:
     """One rank's view of the ranks that share its sequence.
 
     Rank r of ``sequence`` is rank ``r % ulysses.size`` of its ``ulysses`` group and rank ``r // ulysses.size`` of its
-    ``ring`` group.
+    ``ring`` group. ``speeds``: of every rank of ``sequence``, in any unit, for shares in proportion; None: even shares.
     """
 
     sequence: Comm
     ulysses: Comm
     ring: Comm
+    speeds: tuple[float, ...] | None = None
+
+    @cached_property
+    def head_speeds(self) -> tuple[float, ...] | None:
+        """Speed of each rank of a Ulysses group, for shares of heads: the same in all groups, which a ring joins head by head."""
+        size = self.ulysses.size
+        return None if self.speeds is None else tuple(sum(self.speeds[rank::size]) for rank in range(size))

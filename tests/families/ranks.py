@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import torch
-from unit.fake_comm import fake_meshes, on_ranks
+from unit.fake_comm import fake_comms, fake_meshes, on_ranks
 
 from para_core.attention.choice import Chooser
 from para_core.cache.first_block import Step, chunks
 from para_core.execution.runner import Runner
 from para_core.plans import plan_for
+from para_core.sequence.layout import balanced
 from para_core.sequence.replace import replace
 from para_core.sequence.solo import SOLO_MESH
 
@@ -46,9 +48,9 @@ def listed(result: Any) -> Result:
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
-def stock(model: torch.nn.Module, call: Call) -> Result:
+def stock(model: torch.nn.Module, call: Call, options: dict[str, Any] | None = None) -> Result:
     with torch.inference_mode():
-        return listed(make(model, call, {}))
+        return listed(make(model, call, copy.deepcopy(options or {})))
 
 
 def error(result: Result, expected: Result) -> float:
@@ -66,34 +68,42 @@ def shared(
     steps: Sequence[Call],
     ring: int = 1,
     ulysses: int = 1,
+    batch: int = 1,
     *,
+    speeds: Sequence[float] | None = None,
     thresholds: Sequence[float] | None = None,
     exchanged: bool = True,
     whole: bool = False,
     options: dict[str, Any] | None = None,
+    previous: Callable[..., torch.Tensor] | None = None,
+    around: Callable[[Runner, int, int], Callable[..., torch.Tensor]] | None = None,
 ) -> tuple[list[Result], list[bool]]:
-    """The first rank's results of consecutive steps, and which of them were hits; the other ranks must have no results.
+    """The results of consecutive steps, and which of them were hits; only the first rank of a replica may have results.
 
-    thresholds: of the First Block Cache, one a step (None: no cache). exchanged=False leaves the exchange out;
-    whole makes tokens whole between blocks; options: more transformer options. One rank
-    runs on ``model`` itself.
+    batch: replicas, each with some of the batch rows. speeds: of the ranks of a replica, for uneven shares. thresholds: of
+    the First Block Cache, one a step (None: no cache). exchanged=False leaves the exchange out; whole makes tokens whole
+    between blocks; options: more transformer options; previous: the attention override of another pack; around: what
+    stands in front of the runner's override, made from it and the replica's batch rows. One rank runs on ``model`` itself.
     """
-    from para_core.comfy import calls
+    from para_core.comfy import calls, lanes
 
-    world = ring * ulysses
+    size = ring * ulysses
+    world = batch * size
     copies = [copy.deepcopy(model) for _ in range(world)] if world > 1 else [model]
-    meshes = fake_meshes(ring, ulysses) if world > 1 else [SOLO_MESH]
+    meshes = [mesh for _ in range(batch) for mesh in fake_meshes(ring, ulysses)] if world > 1 else [SOLO_MESH]
+    everyone = fake_comms(world) if batch > 1 else [mesh.sequence for mesh in meshes]
 
     def work(rank: int) -> tuple[list[Any], list[bool]]:
-        mine, mesh = copies[rank], meshes[rank]
+        mine = copies[rank]
+        mesh = replace_fields(meshes[rank], speeds=tuple(speeds[:size]) if speeds and size > 1 else None)
         plan = plan_for(mine)
         assert plan is not None
-        runner = Runner(plan, mine, Chooser(None), cached=thresholds is not None)
+        runner = Runner(plan, mine, Chooser(None, previous), cached=thresholds is not None)
         entry, names = getattr(mine, calls.entry(mine)), calls.names(mine)
         step: Step | None = None
 
         def run(*args, **kwargs):
-            result = runner.run(entry, names, args, kwargs, mesh=mesh, step=step, comm=mesh.sequence, whole=whole)
+            result = runner.run(entry, names, args, kwargs, mesh=mesh, step=step, comm=everyone[rank], whole=whole)
             if result is None:
                 raise NoResult
             return result
@@ -104,12 +114,16 @@ def shared(
         try:
             for index, call in enumerate(steps):
                 rows = latents(call)[0].shape[0]
+                start, stop = (sum(balanced(rows, batch)[: rank // size + more]) for more in (0, 1))
                 if thresholds is not None:
                     keys = list(range(rows))  # as many conditions as rows
-                    step = Step(10.0 - index, thresholds[index], chunks(keys, 1, 0, rows), rows, index > 0, index > 0, 0)
-                override = {OVERRIDE: runner.override} if exchanged else {}
+                    step = Step(10.0 - index, thresholds[index], chunks(keys, 1, start, stop), rows, index > 0, index > 0, 0)
+                override = {OVERRIDE: around(runner, start, stop) if around else runner.override} if exchanged else {}
+                rest = copy.deepcopy(call)
+                stock_call = calls.ModelCall(lanes.Call((rest.pop("x"), rest.pop("timestep")), rest), names)
+                args, kwargs = stock_call.part(start, stop, {**copy.deepcopy(options or {}), **override})
                 try:
-                    results.append(make(mine, call, {**(options or {}), **override}))
+                    results.append(mine(*args, **kwargs))
                 except NoResult:
                     results.append(None)
                 hits.append(runner.cache is not None and runner.cache.hit)
@@ -118,8 +132,10 @@ def shared(
             runner.remove()
         return results, hits
 
-    everyone = on_ranks(world, work, [comm for mesh in meshes for comm in (mesh.sequence, mesh.ulysses, mesh.ring)] if world > 1 else [])
-    (results, hits), *others = everyone
-    assert all(result is None for theirs, _ in others for result in theirs)
-    assert all(theirs == hits for _, theirs in others)
-    return [listed(result) for result in results], hits
+    comms = [*everyone, *(comm for mesh in meshes for comm in (mesh.sequence, mesh.ulysses, mesh.ring))] if world > 1 else []
+    found = on_ranks(world, work, comms)
+    hits = found[0][1]
+    assert all(theirs == hits for _, theirs in found)
+    assert all(result is None for rank, (results, _) in enumerate(found) if rank % size for result in results)
+    replicas = [[listed(result) for result in results] for results, _ in found[::size]]
+    return [[torch.cat(rows) if batch > 1 else rows[0] for rows in zip(*parts, strict=True)] for parts in zip(*replicas, strict=True)], hits
