@@ -4,7 +4,7 @@
 PYTHON ?= python3
 RUN := $(PYTHON) tests/env/prepare.py run
 
-.PHONY: demo test test-all bench lint env clean
+.PHONY: demo test test-all matrix compat bench lint env clean
 
 demo:           ## one prompt on the real server, stock and accelerated, with pictures in demo-output/
 	@$(RUN) tests/demo.py
@@ -14,6 +14,12 @@ test: lint      ## checks and the test suite
 
 test-all: lint  ## the same with the slow tests
 	$(RUN) -m pytest tests
+
+matrix:         ## every run of the generated matrix; writes tests/matrix/RESULT.json
+	$(RUN) -m pytest tests/matrix --record-matrix
+
+compat:         ## every plan on another ComfyUI: make compat COMFYUI_PATH=/path/to/ComfyUI
+	@$(RUN) tests/matrix/compat.py
 
 bench:          ## cost of hooks, time to a ready group, bytes exchanged
 	$(RUN) tests/bench/bench.py overhead

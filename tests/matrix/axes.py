@@ -38,6 +38,7 @@ AXES: dict[str, Sequence[str]] = {
 }
 
 VIDEO = ("hunyuan", "mochi", "cogvideox", "wan", "minimax", "ltx", "cosmos")
+GRID = ("cosmos", "anima")
 WHOLE = ("wan s2v", "wan animate", "wan dancer", "cosmos 1")
 RESIZING = {name for name, shape in SHAPES.items() if shape.grid or shape.frames}
 TEXTS = {name for name, shape in SHAPES.items() if shape.text}
@@ -48,9 +49,9 @@ OWN_MASK = ("flux mask", "hunyuan video mask", "qwen image mask", "ltx video wea
 READERS: dict[str, tuple[str, ...]] = {
     "control": tuple(CONTROL),
     "rope options": ("flux", "wan", "lumina", "z-image"),
-    "attn1 patch": ("flux", "chroma", "hunyuan", "wan", "qwen", "cosmos predict2"),
+    "attn1 patch": ("flux", "chroma", "hunyuan", "wan", "qwen", "cosmos predict2", "anima"),
     "attn1 output patch": ("flux", "chroma", "hunyuan"),
-    "post input patch": ("flux", "qwen", "cosmos predict2"),
+    "post input patch": ("flux", "qwen", "cosmos predict2", "anima"),
     "skipped block": ("flux", "chroma", "hunyuan", "mochi", "wan", "minimax", "qwen", "ltx", "sd3"),
 }
 
@@ -66,6 +67,8 @@ def of_shape(case: str, shape: str) -> str:
         return "its guides are for latents of this size"
     if case == "wan dancer" and SHAPES[shape].grid:
         return "its audio layers take latents of 8 x 8 only"
+    if case == "wan scail 2" and SHAPES[shape].frames:
+        return "its masks are for this number of frames"
     return ""
 
 
@@ -74,12 +77,14 @@ def of_mask(case: str, mask: str) -> str:
         return ""
     if case in OWN_MASK:
         return "it has a mask of its own"
-    return "masks of tokens that stay a grid are not supported" if case.startswith("cosmos") else ""
+    return "masks of tokens that stay a grid are not supported" if case.startswith(GRID) else ""
 
 
 def of_neighbour(case: str, neighbour: str) -> str:
     if neighbour in READERS and not case.startswith(READERS[neighbour]):
         return "the family does not read it"
+    if neighbour == "skipped block" and case == "hunyuan video 1.5":
+        return "this tiny model has no block between its first and its last"
     if neighbour == "control" and case == "hunyuan video reference":
         return "ComfyUI itself cannot add residuals beside a reference"
     return ""
