@@ -15,6 +15,7 @@ LARGEST_MASK = 4 << 30  # bytes
 def ranges(segments: Segments, *, shifted_by_local: str | None = None) -> Rule:
     """Modulation ranges ``[(start, end, index), ...]`` over a block's sequence, from whole to local coordinates.
 
+    An index that is a tensor holds one for each row of its range, and is cut with it.
     shifted_by_local: the leading segment whose length *between blocks* stock code has already added to every start but 0
     (the single blocks of FLUX); where that was the local length, the rule restores the whole one first.
     """
@@ -32,7 +33,9 @@ def ranges(segments: Segments, *, shifted_by_local: str | None = None) -> Rule:
                 first, rows = cut.start(name), cut.rows[name][cut.rank]
                 low, high = max(start - whole, first), min(end - whole, first + rows)
                 if high > low:
-                    local.append((here + low - first, here + high - first, index))
+                    each = getattr(index, "ndim", 0)
+                    own = index[low + whole - start : high + whole - start] if each else index
+                    local.append((here + low - first, here + high - first, own))
                 whole, here = whole + cut.lengths[name], here + rows
         return local
 
