@@ -85,15 +85,16 @@ def test_run_over_processes_equals_stock(name: str, split: str) -> None:
     assert error(result, expected) < 1e-5 * STEPS * 3
 
 
-def test_forward_that_cannot_be_cut_for_so_many_ranks_is_computed_on_one() -> None:
+def test_degrees_are_lowered_to_the_rows_there_are() -> None:
     model, call = patcher("cosmos predict2")
     call["x"] = noise(1, 16, 3, 4, 14)  # two rows of tokens for three ranks
     expected = sample(model, "cosmos predict2", call, 1.0)
     with reports() as lines:
         result = sample(attached(model, Parallel(3)), "cosmos predict2", call, 1.0)
     (note,) = lines[0]["notes"]
-    assert "Cosmos-Predict2 has too few rows" in note
-    assert error(result, expected) < 1e-5
+    assert "the shortest segment has only 2 tokens: running batch x ring x ulysses = 1 x 1 x 2" in note
+    assert lines[0]["degrees"] == [1, 1, 2]
+    assert error(result, expected) < 1e-5 * STEPS
 
 
 BATCHES: dict[str, dict[str, Any]] = {
