@@ -114,7 +114,8 @@ def packed_size(layout: Sequence[Sequence[Any]]) -> int:
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's elements as flat uint8; a view if it is contiguous."""
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-    return flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)
+    # one expanded element counts as contiguous and keeps its stride of 0, which a view in bytes does not take
+    return flat if flat.dtype == torch.uint8 else flat.as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -12,10 +12,23 @@ def stacks(*, image: Rules | None = None, joined: Rules | None = None) -> tuple[
     """FLUX's two lists of blocks, which several families build on; ``image``, ``joined``: their rules."""
     both = ("txt", "img")
     tables = {"pe": (both, 2)}
-    tokens = {"img": ("img",), "txt": ("txt",)}
     return (
-        Blocks(path="double_blocks", tokens=tokens, returns=(("img",), ("txt",)), joint=both, tables=tables, rules=image or {}),
-        Blocks(path="single_blocks", tokens={"x": both}, returns=(both,), joint=both, tables=tables, rules=joined or {}),
+        Blocks(
+            path="double_blocks",
+            tokens={"img": ("img",), "txt": ("txt",)},
+            returns=(("img",), ("txt",)),
+            joint=both,
+            tables=tables,
+            rules=image or {},
+        ),
+        Blocks(
+            path="single_blocks",
+            tokens={"x": both},
+            returns=(both,),
+            joint=both,
+            tables=tables,
+            rules=joined or {},
+        ),
     )
 
 

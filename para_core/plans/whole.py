@@ -6,7 +6,8 @@ from .plan import Plan
 def decline(model) -> str:
     """In a video U-Net the batch rows are the frames of one video."""
     kinds = {type(module).__name__ for module in model.modules()}
-    return "The batch rows of this U-Net are the frames of a video" if kinds & {"VideoResBlock", "SpatialVideoTransformer"} else ""
+    video = kinds & {"VideoResBlock", "SpatialVideoTransformer"}
+    return "The batch rows of this U-Net are the frames of a video" if video else ""
 
 
 PLAN = Plan(

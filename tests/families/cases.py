@@ -43,7 +43,7 @@ CASES: dict[str, Callable[[], Tiny]] = {
     "wan first and last frame": lambda: wan.wan("i2v", build=dict(flf_pos_embed_token_number=18), clip_fea=noise(2, 18, 1280, seed=6)),
     "wan timestep per frame": lambda: wan.wan(timestep=AUDIO_FRAMES),
     "wan reference": lambda: wan.wan(build=dict(in_dim_ref_conv=16), reference_latent=noise(2, 16, 6, 10, seed=7)),
-    "wan reference, timestep per frame": lambda: wan.wan(
+    "wan reference with timestep per frame": lambda: wan.wan(
         build=dict(in_dim_ref_conv=16), reference_latent=noise(2, 16, 6, 10, seed=7), timestep=AUDIO_FRAMES
     ),
     "wan context latents": lambda: wan.wan(context_latents=[noise(2, 16, 1, 6, 8, seed=8)]),

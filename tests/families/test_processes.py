@@ -10,37 +10,13 @@ from parity.inprocess import attached, reports
 
 from para_core.settings import Cache, Parallel
 
-from .cases import CASES, UNCUT
+from .cases import CASES
 from .ranks import error
+from .stock import MODELS, patcher, prompt
 from .tiny import noise
 
 pytestmark = pytest.mark.usefixtures("comfy")
 STEPS = 2
-
-# case: ComfyUI's configuration of it, and what a positive prompt carries besides its text
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mochi": ("GenmoMochi", {"attention_mask": (torch.arange(16)[None] < 11).long()}),
-    "sd3.5 medium": ("SD3", {"pooled_output": noise(1, 24, seed=3)}),
-    "minimax": ("MiniMaxH3", {}),
-    "cosmos predict2": ("CosmosT2IPredict2", {}),
-    "unet": ("SDXL", {"pooled_output": noise(1, 24, seed=3)}),
-    "aura": ("AuraFlow", {}),
-    "pixart": ("PixArtAlpha", {}),
-}
-
-
-def patcher(name: str) -> tuple[Any, dict[str, Any]]:
-    """A stock ModelPatcher of a tiny model, and the call that its builder gives."""
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    tiny, call = (CASES | UNCUT)[name]()
-    config = getattr(comfy.supported_models, MODELS[name][0])(tiny.tiny_config)
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, device=torch.device("cpu"))
-    model.diffusion_model.load_state_dict(tiny.state_dict())
-    model.eval().requires_grad_(False)
-    return comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu")), call
 
 
 def sample(
@@ -54,8 +30,7 @@ def sample(
         parts = [make(torch.cat([part[:1]] * images)) for part in (call["x"] if isinstance(call["x"], list) else [call["x"]])]
         return comfy.nested_tensor.NestedTensor(parts) if len(parts) > 1 else parts[0]
 
-    texts = [call["context"][:1], 0.7 * call["context"][:1, :negative_tokens]]
-    prompts = [[[text, dict(MODELS[name][1])]] for text in texts]
+    prompts = [prompt(name, call), prompt(name, call, 0.7, negative_tokens)]
     with torch.inference_mode():
         result = comfy.sample.sample(
             model, latent(torch.clone), STEPS, cfg, "euler", "simple", *prompts, latent(torch.zeros_like), disable_pbar=True, seed=1

@@ -1,18 +1,19 @@
-"""Writes stock_nodes.json: what a running ComfyUI says of the stock nodes that the templates use.
-
-    python tests/publishing/stock_nodes.py http://127.0.0.1:8188
-"""
+"""What a ComfyUI says of the stock nodes that the templates use: stock_nodes.json, written by make_workflows.py."""
 
 from __future__ import annotations
 
 import json
-import sys
-import urllib.request
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
-FILES = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}  # choices are what is in the folders
+FILES = {"unet_name", "clip_name", "clip_name1", "clip_name2", "clip_name3", "clip_name4", "vae_name", "ckpt_name", "text_encoder", "image"}
+"""Inputs whose choices are what is in the folders."""
+
+
+def is_widget(type_: str) -> bool:
+    """Whether an input is a widget; some take one of several types."""
+    return set(type_.split(",")) <= WIDGETS
 
 
 def definition(info: dict) -> dict:
@@ -27,7 +28,7 @@ def definition(info: dict) -> dict:
                 {
                     "name": name,
                     "type": kind,
-                    "widget": kind in WIDGETS,
+                    "widget": is_widget(kind),
                     "optional": section == "optional",
                     "seed": bool(options.get("control_after_generate")),
                     "choices": [] if name in FILES else [choice["key"] if isinstance(choice, dict) else choice for choice in choices],
@@ -36,13 +37,7 @@ def definition(info: dict) -> dict:
     return {"inputs": inputs, "outputs": info["output"]}
 
 
-def main(address: str) -> None:
-    types = {node["type"] for path in (ROOT / "workflows").glob("*.json") for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]}
-    with urllib.request.urlopen(f"{address}/object_info") as answer:
-        info = json.load(answer)
+def write(info: dict[str, Any], types: set[str]) -> None:
+    """Keep what ``info`` (the server's /object_info) says of the stock nodes among ``types``."""
     stock = {type_: definition(info[type_]) for type_ in sorted(types) if type_ in info and not type_.startswith("Para")}
     Path(__file__).with_suffix(".json").write_text(json.dumps(stock, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,9 +1,16 @@
-"""Nodes that exist only in the test server: seeded conditioning without a text encoder, and latents of any size."""
+"""Nodes that exist only in the test server: tiny models, seeded conditioning without a text encoder, latents of any size."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 from comfy_api.latest import ComfyExtension, io
+
+TESTS = str(Path(__file__).resolve().parents[2])
+if TESTS not in sys.path:
+    sys.path.append(TESTS)  # behind ComfyUI's own folder, which has an `execution` and a `server` too
 
 
 class TestConditioning(io.ComfyNode):
@@ -55,9 +62,38 @@ class TestLatent(io.ComfyNode):
         return io.NodeOutput({"samples": torch.zeros(batch_size, channels, *time, height, width)})
 
 
+class TestModel(io.ComfyNode):
+    """A family's tiny model; most families' files are only recognised at full size."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(node_id="TestModel", category="testing", inputs=[io.String.Input("case")], outputs=[io.Model.Output()])
+
+    @classmethod
+    def execute(cls, case: str) -> io.NodeOutput:
+        from families import stock
+
+        return io.NodeOutput(stock.patcher(case)[0])
+
+
+class TestPrompt(io.ComfyNode):
+    """What the family's text encoder would give."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [io.String.Input("case"), io.Float.Input("scale", default=1.0)]
+        return io.Schema(node_id="TestPrompt", category="testing", inputs=inputs, outputs=[io.Conditioning.Output()])
+
+    @classmethod
+    def execute(cls, case: str, scale: float) -> io.NodeOutput:
+        from families import stock
+
+        return io.NodeOutput(stock.prompt(case, stock.patcher(case)[1], scale))
+
+
 class TestingExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TestConditioning, TestLatent]
+        return [TestConditioning, TestLatent, TestModel, TestPrompt]
 
 
 async def comfy_entrypoint() -> TestingExtension:

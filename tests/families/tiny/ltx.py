@@ -9,12 +9,12 @@ import torch
 from .common import HEADS, WIDTH, Tiny, built, noise, seeded, times
 
 
-def ltxv(*, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
+def ltxv(*, channels: int = 16, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
     from comfy.ldm.lightricks.model import LTXVModel
 
     model = built(
         LTXVModel,
-        in_channels=16,
+        in_channels=channels,
         cross_attention_dim=WIDTH,
         attention_head_dim=16,
         num_attention_heads=HEADS,
@@ -23,7 +23,7 @@ def ltxv(*, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
         timestep_scale_multiplier=1000.0,
         **(build or {}),
     )
-    call = dict(x=noise(2, 16, 3, 3, 5), timestep=times(2)[:, None], context=noise(2, 11, 40, seed=2), attention_mask=None)
+    call = dict(x=noise(2, channels, 3, 3, 5), timestep=times(2)[:, None], context=noise(2, 11, 40, seed=2), attention_mask=None)
     return seeded(model), call | extra
 
 
@@ -37,12 +37,12 @@ def keyframes(strength: float | None = None) -> dict[str, Any]:
     return call
 
 
-def ltxav(*, audio: int = 13, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
+def ltxav(*, channels: int = 16, audio: int = 13, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
     from comfy.ldm.lightricks.av_model import LTXAVModel
 
     model = built(
         LTXAVModel,
-        in_channels=16,
+        in_channels=channels,
         audio_in_channels=128,
         cross_attention_dim=WIDTH,
         audio_cross_attention_dim=64,
@@ -53,11 +53,12 @@ def ltxav(*, audio: int = 13, build: dict[str, Any] | None = None, **extra: Any)
         caption_channels=40,
         num_layers=3,
         use_middle_indices_grid=True,
+        connector_num_attention_heads=2,
+        connector_attention_head_dim=16,
+        connector_num_layers=1,
         **(build or {}),
     )
-    for name in [name for name, _ in model.named_children() if name.endswith("connector")]:
-        setattr(model, name, None)  # large, and only used on text before sampling
-    latents = [noise(2, 16, 3, 3, 5), noise(2, 8, audio, 16, seed=7)]
+    latents = [noise(2, channels, 3, 3, 5), noise(2, 8, audio, 16, seed=7)]
     return seeded(model), dict(x=latents, timestep=times(2)[:, None], context=noise(2, 11, 80, seed=2), attention_mask=None) | extra
 
 

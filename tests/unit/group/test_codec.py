@@ -217,6 +217,8 @@ def test_views_of_all_kinds_are_packed_by_value() -> None:
     views = [
         base[:, ::2],
         base.expand(5, 2, 3, 4),
+        torch.tensor(0.5).expand(1),
+        torch.tensor(0.5).expand(1, 1, 1),
         base[1, 1, 1],
         base.flip(0),
         torch.complex(base, base).conj(),
