@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from . import chroma, cogvideox, cosmos, flux, hidream, hunyuan_video, ltxav, ltxv, lumina, minimax, mochi, qwen_image, sd3, wan, whole
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .plan import Blocks, Plan, PlanError, check
 
-PLANS: tuple[Plan, ...] = (
-    flux.PLAN,
-    chroma.PLAN,
-    hunyuan_video.PLAN,
-    mochi.PLAN,
-    cogvideox.PLAN,
-    wan.PLAN,
-    wan.VACE,
-    wan.HUMO,
-    wan.WHOLE,
-    minimax.PLAN,
-    qwen_image.PLAN,
-    ltxv.PLAN,
-    ltxav.PLAN,
-    sd3.PLAN,
-    lumina.PLAN,
-    hidream.PLAN,
-    cosmos.PREDICT2,
-    cosmos.PREDICT1,
-    whole.PLAN,
-)
+
+def _plans() -> tuple[Plan, ...]:
+    """Every plan that the files of this folder hold."""
+    files = [import_module(f"{__name__}.{file.name}") for file in iter_modules(__path__)]
+    return tuple({id(value): value for file in files for value in vars(file).values() if isinstance(value, Plan)}.values())
+
+
+PLANS = _plans()
 
 __all__ = ["PLANS", "Blocks", "Plan", "PlanError", "check", "plan_for"]
 
