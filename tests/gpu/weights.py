@@ -1,0 +1,314 @@
+"""Weights where there is a GPU: two ranks on ONE card, in every way that ComfyUI can hold a model.
+
+    python tests/gpu/weights.py           every case, a table last (under four minutes on one H100)
+    python tests/gpu/weights.py --cpu     the same with CPU ranks and a tiny model, to see that the script works
+    python tests/gpu/weights.py NAME ...  only these cases
+
+Each case is a process of its own, with ComfyUI's flags of that case. It samples stock and shared, without and with a LoRA, and
+compares latents; where rank 0 patches weights as it fetches them, it compares the bits that were sent with those that rank 0
+computes with. Host memory is what /proc/PID/smaps_rollup calls Pss, where pages that both processes map count half in each: first
+what is the processes' own (Pss_Anon, Pss_Shmem), which is what counts, then pages of files, which the system drops when it needs
+the memory; the peak is that of VmRSS, files included. All are growths, from a group that has sampled another, tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent)]
+sys.path.append(str(HERE.parents[1]))
+
+STEPS = 2
+LIMIT = 75  # seconds a case
+EXACT = "--fp32-unet"  # storage and arithmetic in float32, so that another rounding of one LoRA weight would show
+
+
+@dataclass(frozen=True)
+class Case:
+    """``usable``: GB of the card that ComfyUI may use beside half of the model's size (None: all of the card).
+
+    opened: whether the sidecar must open the file itself. host: the most that host memory may grow a rank, in models' sizes.
+    """
+
+    flags: tuple[str, ...]
+    weight_dtype: str = "default"
+    usable: float | None = None
+    opened: bool = False
+    host: float | None = 0.10
+    tolerance: float = 1e-5
+
+
+CASES = {
+    "classic": Case(("--disable-dynamic-vram", EXACT)),
+    "classic-fp8": Case(("--disable-dynamic-vram",), "fp8_e4m3fn", tolerance=2e-2),
+    "dynamic": Case((EXACT,)),
+    "dynamic-bf16": Case(("--bf16-unet",), tolerance=2e-2),
+    "dynamic-fp8": Case((), "fp8_e4m3fn", tolerance=2e-2),
+    "dynamic-small-card": Case((EXACT,), usable=0.0, opened=True, host=None),
+    "novram": Case(("--disable-dynamic-vram", "--novram", EXACT), opened=True, host=None),
+    "lowvram-small-card": Case(("--disable-dynamic-vram", "--lowvram", EXACT), usable=1.0, opened=True, host=None, tolerance=1e-3),
+}
+
+
+# -- the parent: starts the cases, prints the table -------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        inside(options.case, options.folder, cpu=options.cpu)
+        return
+    started, rows = time.time(), []
+    with tempfile.TemporaryDirectory(prefix="paradit-gpu-") as folder:
+        call = [sys.executable, str(Path(__file__).resolve()), "--folder", folder, *(["--cpu"] if options.cpu else [])]
+        write_files(Path(folder), cpu=options.cpu)
+        for name in options.names or CASES:
+            rows += outcome([*call, "--case", name], name)
+    heads = {"case": 20, "lora": 5, "ok": 4, "ranks": 5, "way": 7, "error": 8, "bits": 9, "host MB own/files/peak, a rank": 32, "model": 7}
+    print("\n" + " ".join(f"{head:{width}}" for head, width in heads.items()) + " notes")
+    for row in rows:
+        print(" ".join(row))
+    print(f"{time.time() - started:.0f} s, {sum('ok' not in row[2] for row in rows)} of {len(rows)} not ok")
+
+
+def outcome(call: list[str], name: str) -> list[list[str]]:
+    """A case's rows of the table; what went wrong is one."""
+    # both ranks use one card, which NCCL takes for a mistake unless they seem to be on two machines
+    environment = {**os.environ, "NCCL_HOSTID": "paradit-rank0", "PYTHONFAULTHANDLER": "1"}
+    print(f"== {name}", flush=True)
+    try:
+        done = subprocess.run(call, capture_output=True, text=True, timeout=LIMIT, env=environment, check=False)
+        text, code = done.stdout + done.stderr, str(done.returncode)
+    except subprocess.TimeoutExpired as late:
+        text, code = "".join(part.decode() if isinstance(part, bytes) else part or "" for part in (late.stdout, late.stderr)), "late"
+    found = [json.loads(line.partition("ROW ")[2]) for line in text.splitlines() if line.startswith("ROW ")]
+    if not found or code != "0":
+        print("\n".join(text.splitlines()[-30:]), flush=True)
+        found.append([f"{name:20}", f"{'-':5}", "FAIL", f"ended with {code}: {last(text)[:150]}"])
+    return found
+
+
+def last(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("ROW ")]
+    return lines[-1] if lines else ""
+
+
+def write_files(folder: Path, *, cpu: bool) -> None:
+    """A FLUX of 1.1 GB in float32 (8 MB for CPUs) and a LoRA for it."""
+    from env import models
+    from safetensors.torch import save_file
+
+    heads, double, single = (1, 1, 1) if cpu else (8, 4, 8)
+    model = models.flux(seed=51, heads=heads, double_blocks=double, single_blocks=single)
+    save_file(model, folder / "flux.safetensors")
+    save_file(models.low_rank(model, ("attn.qkv", "linear1", "mlp.0"), seed=52, kohya=True), folder / "lora.safetensors")
+    save_file(models.flux(seed=53, heads=1, double_blocks=1, single_blocks=1), folder / "warm.safetensors")
+
+
+# -- a case: rank 0 ---------------------------------------------------------------------------------------------------------
+
+
+def inside(name: str, folder: Path, *, cpu: bool) -> None:
+    case = CASES[name]
+    flags = [*case.flags] if not cpu else ["--cpu"]
+    if case.usable is not None and not cpu:
+        flags += ["--reserve-vram", f"{card() - case.usable - (folder / 'flux.safetensors').stat().st_size / 2**31:.2f}"]
+    from env.comfy_import import boot_comfy
+
+    boot_comfy(*flags)
+    if not cpu:
+        dynamic_vram()
+    import torch
+
+    from para_core.comfy import sidecars
+    from para_core.settings import Parallel
+
+    settings = Parallel(2)
+    sidecars.devices = lambda *_, **__: ["cpu" if cpu else "cuda:0"]  # the same card twice
+    group = sidecars.group()
+    group._pool._environment["NCCL_HOSTID"] = "paradit-rank1"
+    with torch.inference_mode():
+        warm = loaded(folder / "warm.safetensors", "default")
+        sample(shared(warm, settings))
+        del warm
+        base = loaded(folder / "flux.safetensors", case.weight_dtype)
+        size = base.model_size()
+        for lora in ("off", "on", "off"):
+            try:
+                row(name, case, settings, group, base, folder, lora, size, cpu=cpu)
+            except BaseException as error:  # noqa: BLE001  the table says it, the next row is tried
+                traceback.print_exc()
+                print("ROW " + json.dumps([f"{name:20}", f"{lora:5}", "FAIL", f"{type(error).__name__}: {error}"[:160]]), flush=True)
+    group.close()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def card() -> float:
+    """GB that the card has; asked in another process, because ComfyUI must see its flags before CUDA is used."""
+    ask = "import torch; print(torch.cuda.get_device_properties(0).total_memory)"
+    return int(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout) / 2**30
+
+
+def dynamic_vram() -> None:
+    """What ComfyUI's main.py does before it loads a model."""
+    import comfy.cli_args
+    import comfy_aimdo.control
+
+    args = comfy.cli_args.args
+    if not comfy.cli_args.enables_dynamic_vram():
+        return
+    headroom = None if args.reserve_vram is None else int(args.reserve_vram * 1024**3)
+    comfy_aimdo.control.init(simple_vram_headroom=headroom)
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+
+    if comfy_aimdo.control.init_devices(device.index for device in comfy.model_management.get_all_torch_devices()):
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+        comfy.memory_management.aimdo_enabled = True
+    else:
+        print("dynamic VRAM is not available here")
+
+
+def loaded(path: Path, weight_dtype: str) -> Any:
+    """As Load Diffusion Model does it."""
+    import comfy.sd
+    import torch
+
+    options = {"dtype": torch.float8_e4m3fn} if weight_dtype == "fp8_e4m3fn" else {}
+    return comfy.sd.load_diffusion_model(str(path), model_options=options)
+
+
+def with_lora(base: Any, folder: Path, strength: float) -> Any:
+    import comfy.sd
+    import comfy.utils
+
+    file = comfy.utils.load_torch_file(str(folder / "lora.safetensors"), safe_load=True)
+    return comfy.sd.load_lora_for_models(base, None, file, strength, 0)[0]
+
+
+def shared(model: Any, settings: Any) -> Any:
+    from para_core.comfy.attach import attach
+
+    return attach(model, settings)
+
+
+def sample(model: Any) -> Any:
+    import comfy.sample
+    import torch
+    from env import models
+
+    make = partial(torch.randn, generator=torch.Generator().manual_seed(5))
+    text = [[make(1, 33, models.FLUX_TEXT_WIDTH), {"pooled_output": make(1, models.FLUX_POOLED_WIDTH)}]]
+    latent = torch.zeros(1, models.LATENT_CHANNELS, 18, 22)
+    result = comfy.sample.sample(model, make(*latent.shape), STEPS, 1.0, "euler", "simple", text, text, latent, disable_pbar=True, seed=5)
+    return result.float().cpu()
+
+
+def row(name: str, case: Case, settings: Any, group: Any, base: Any, folder: Path, lora: str, size: int, *, cpu: bool) -> None:
+    import comfy.model_management
+    from parity.inprocess import reports
+
+    model = with_lora(base, folder, 0.8) if lora == "on" else base
+    first = sample(model)
+    expected = sample(model)  # from now on, because ComfyUI rounds some patched weights only after their first use
+    pids, before = [os.getpid(), *group.pids], dict(group.counts)
+    for pid in pids:
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # peaks begin anew
+    host, start = [used(pid) for pid in pids], [kilobytes(f"/proc/{pid}/status", "VmRSS:") for pid in pids]
+    with reports() as lines:
+        result = sample(shared(model, settings))
+    peaks = [kilobytes(f"/proc/{pid}/status", "VmHWM:") - rss for pid, rss in zip(pids, start, strict=True)]
+    grown = [(used(pid)[0] - own, used(pid)[1] - files) for pid, (own, files) in zip(pids, host, strict=True)]
+    report = lines[-1]
+    error, own = (float((one - expected).norm() / expected.norm()) for one in (result, first))
+    way = next((kind for kind in ("models", "patches", "opened") if group.counts[kind] > before.get(kind, 0)), "held")
+    equal, compared = bits(model)
+    wrong = []
+    if report["ranks"] != 2 or report["notes"]:
+        wrong.append("not shared")
+    if error > max(case.tolerance * STEPS, 3 * own) or error != error:
+        wrong.append("inexact")
+    if case.opened and way != "opened" and not cpu:
+        wrong.append("the file was not opened")
+    if not case.opened and way == "opened":
+        wrong.append("the file was opened")
+    if equal != compared:
+        wrong.append("other bits")
+    if case.host is not None and not cpu and max(own for own, _ in grown) > case.host * size:
+        wrong.append("host memory")
+    memory = [f"{own / 2**20:.0f}/{files / 2**20:.0f}/{high / 2**20:.0f}" for (own, files), high in zip(grown, peaks, strict=True)]
+    print(
+        "ROW "
+        + json.dumps(
+            [
+                f"{name:20}",
+                f"{lora:5}",
+                "FAIL" if wrong else "ok  ",
+                f"{report['ranks']:<5}",
+                f"{way:7}",
+                f"{error:.1e} ",
+                f"{equal}/{compared}".ljust(9),
+                " + ".join(memory).ljust(32),
+                f"{size / 2**20:.0f} MB".ljust(7),
+                "; ".join([*wrong, f"stock with itself {own:.0e}", *report["notes"]])[:220],
+            ]
+        ),
+        flush=True,
+    )
+    comfy.model_management.soft_empty_cache()
+
+
+def bits(model: Any) -> tuple[int, int]:
+    """Of the layers that rank 0 patches as it fetches them and that are on its card: how many it sends bit by bit, and all."""
+    import torch
+
+    from para_core.comfy import model as models
+
+    equal = compared = 0
+    diffusion_model = model.model.diffusion_model
+    units = {unit.rows[0][0].rpartition(".")[0]: unit for unit in models.units(model)} if model.is_dynamic() else {}
+    for layer, module in diffusion_model.named_modules():
+        there = getattr(module, "_v_weight", None)
+        if there is None or getattr(module, "_v_signature", None) is None or getattr(module, "weight_lowvram_function", None) is None:
+            continue
+        sent = dict(zip([name for name, _, _ in units[layer].rows], units[layer].read(), strict=True))[f"{layer}.weight"]
+        if type(there) is torch.Tensor and there.dtype == sent.dtype:
+            compared += 1
+            equal += torch.equal(there.view(torch.uint8).cpu(), sent.view(torch.uint8).cpu())
+    return equal, compared
+
+
+def used(pid: int) -> tuple[int, int]:
+    """Bytes of memory of a process: its own, and files' that it maps; what it shares counted in parts."""
+    path = f"/proc/{pid}/smaps_rollup"
+    return kilobytes(path, "Pss_Anon:") + kilobytes(path, "Pss_Shmem:"), kilobytes(path, "Pss_File:")
+
+
+def kilobytes(path: str, key: str) -> int:
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    main()
