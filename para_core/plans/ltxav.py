@@ -41,7 +41,7 @@ PLAN = Plan(
     ),
     streams=("video", "audio"),
     heads="audio_num_attention_heads",
-    options=("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn"),
+    options=("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn", "stg_self_attn_blocks", "stg_skip_self_attn"),
     patch="patchifier.patch_size",
     fewest=lambda _model, latents, _get: latents[1].shape[2] if len(latents) > 1 else 0,  # of audio
     coupled=coupled,

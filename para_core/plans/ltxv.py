@@ -20,4 +20,5 @@ PLAN = Plan(
     streams=("img",),
     heads="num_attention_heads",
     patch="patchifier.patch_size",
+    options=("stg_self_attn_blocks", "stg_skip_self_attn"),
 )

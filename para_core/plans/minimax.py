@@ -20,6 +20,6 @@ PLAN = Plan(
     ),
     streams=("packed",),
     heads="blocks.0.attn.heads",
-    options=("minimax_h3_sigma_shift_video", "minimax_h3_sigma_shift_audio"),
+    options=("minimax_h3_sigma_shift_video", "minimax_h3_sigma_shift_audio", "sample_sigmas"),
     rebuilt=("minimax_payload.layout",),
 )

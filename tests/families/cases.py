@@ -110,6 +110,7 @@ CASES: dict[str, Callable[[], Tiny]] = {
     "ltx 2 timestep per frame": lambda: ltx.ltxav(timestep=ltx.each_frame()),
     "ltx 2 gated": lambda: ltx.ltxav(build=dict(apply_gated_attention=True, cross_attention_adaln=True)),
     "ltx 2 without audio": lambda: ltx.ltxav(audio=0),
+    "ltx 2 little audio": lambda: ltx.ltxav(audio=2),
     "ltx 2 weak guide": lambda: ltx.ltxav(**ltx.keyframes(strength=0.4) | dict(timestep=ltx.each_frame())),
     "sd3": lambda: sd3.sd3(),
     "sd3 control": lambda: sd3.sd3(control=True),
