@@ -90,13 +90,20 @@ def facts() -> Facts:
 
 
 def differences(before: Facts, now: Facts) -> list[tuple[str, str, str, str]]:
-    """(class, what, before, now) for everything that is not the same."""
-    rows = []
+    """(class, what, before, now) for everything that is not the same; what follows from a row is left out."""
+    rows, said = [], set()
     for name in sorted({*before, *now}):
         one, other = before.get(name, {}), now.get(name, {})
-        for what in dict.fromkeys((*one, *other)):
-            if one.get(what) != other.get(what):
-                rows.append((name, what, one.get(what, "not there"), other.get(what, "not there")))
+        changed = [what for what in dict.fromkeys((*one, *other)) if one.get(what) != other.get(what)]
+        if "class" in changed:
+            changed = ["class"]
+        elif "plan" in one and "plan" not in other:
+            changed = [what for what in changed if what in other]  # no tiny model of it, which has a row of its own
+        for what in changed:
+            row = (what, one.get(what, "not there"), other.get(what, "not there"))
+            if what != "tiny model" or row not in said:
+                rows.append((name, *row))
+            said.add(row)
     return rows
 
 
