@@ -20,6 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 def sample() -> tuple[dict[str, list[bool]], dict[str, list[str]]]:
     """The sampled runs: of each family which were exact; and what went wrong -> in which runs."""
     import torch
+
     from matrix.plan import RUNS, SAMPLE
     from matrix.runs import compute
     from matrix.test_matrix import TOLERANCE

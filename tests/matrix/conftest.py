@@ -6,21 +6,15 @@ import time
 from collections.abc import Iterator
 
 import pytest
-import torch
+from env.fewer_threads import one_thread
 
 from .record import RESULT, Recorder
+
+__all__ = ["one_thread"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-matrix", action="store_true", help=f"write {RESULT.name} when every run of the matrix has passed")
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="package")
