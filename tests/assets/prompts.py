@@ -14,6 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+FOLDER = Path(__file__).resolve().parent
+FLUX_FILE = "emoji_flux.safetensors"
+VAE_FILE = "emoji_vae.safetensors"
+WORDS_FILE = "emoji_words.safetensors"
+
 TOKENS = 10
 CONTEXT = 64
 POOLED = 128
@@ -61,15 +66,22 @@ def condition(table: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Words:
-    """The shipped table."""
+    """The shipped table. `names` are the emoji that the model was trained on."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path = FOLDER / WORDS_FILE) -> None:
         from safetensors import safe_open
 
         with safe_open(file, "pt") as opened:
             self.table = opened.get_tensor("words").float()
-            self.index = {word: row for row, word in enumerate(json.loads(opened.metadata()["vocabulary"]))}
+            metadata = opened.metadata()
+        self.index = {word: row for row, word in enumerate(json.loads(metadata["vocabulary"]))}
+        self.names: list[str] = json.loads(metadata["names"])
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Context [1, TOKENS, CONTEXT] and pooled vector [1, POOLED], float32."""
         return condition(self.table, torch.tensor([rows(prompt, self.index)]))
+
+    def conditioning(self, prompt: str) -> list:
+        """The same as ComfyUI's samplers take it."""
+        context, pooled = self(prompt)
+        return [[context, {"pooled_output": pooled}]]

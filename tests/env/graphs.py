@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from assets import glyphs, prompts
+
 from . import models
 
 Patch = tuple[str, dict[str, Any]]
@@ -165,6 +167,24 @@ def flux(
     if decode:
         vae = ["model", 2] if checkpoint else graph.add("vae", "VAELoader", vae_name=models.VAE_FILE)
         graph.save_image(latent, vae)
+    return graph.nodes
+
+
+def emoji(
+    prompt: str,
+    patches: Patches = (),
+    sampling: Sampling = Sampling(steps=25, cfg=4.0),
+    *,
+    size: int = glyphs.SIZE,
+) -> dict[str, dict[str, Any]]:
+    """A picture by the small trained model, as node "image"; the negative prompt is empty. `size` in pixels."""
+    graph = Builder()
+    model = graph.model(prompts.FLUX_FILE, patches)
+    positive, negative = graph.add("positive", "TestEmojiPrompt", text=prompt), graph.add("negative", "TestEmojiPrompt", text="")
+    empty = graph.add("empty", "EmptySD3LatentImage", width=size, height=size, batch_size=1)
+    latent = graph.sample(sampling, model, positive, negative, empty)
+    graph.save(latent)
+    graph.save_image(latent, graph.add("vae", "VAELoader", vae_name=prompts.VAE_FILE))
     return graph.nodes
 
 

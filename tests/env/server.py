@@ -4,7 +4,8 @@
         result = server.run(graphs.flux())
         latent = result.latent()
 
-The server gets a base folder of its own with links to the pack, the test nodes and the tiny models. It listens on a
+The server gets a base folder of its own with links to the pack, the test nodes and the tiny models; the trained one in
+tests/assets is found too. It listens on a
 free loopback port, and it and whatever it started is gone when the `with` block ends.
 
 ComfyUI keeps results between prompts: nodes whose inputs did not change are not run again. `free()` empties that cache.
@@ -250,6 +251,8 @@ class Server:
         for name in ("input", "output", "user", "temp", "custom_nodes"):
             (self.base / name).mkdir()
         (self.base / "models").symlink_to(self.environment.models)
+        trained = {"base_path": str(HERE.parent / "assets"), "diffusion_models": ".", "vae": "."}
+        (self.base / "trained.yaml").write_text(json.dumps({"trained": trained}))  # JSON is YAML
         packs = {"nodes_testing": HERE / "nodes_testing"} | ({"paradit": pack} if pack else {})
         for name, folder in packs.items():
             (self.base / "custom_nodes" / name).symlink_to(folder)
@@ -258,6 +261,7 @@ class Server:
     def _start(self, packs: Sequence[str], args: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
         command = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        command += ["--extra-model-paths-config", str(self.base / "trained.yaml")]
         command += ["--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", *packs]
         if not _has_cuda():
             command.append("--cpu")

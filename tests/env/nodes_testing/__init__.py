@@ -38,6 +38,21 @@ class TestConditioning(io.ComfyNode):
         return io.NodeOutput([[features, options]])
 
 
+class TestEmojiPrompt(io.ComfyNode):
+    """Text features of a prompt for the small trained model, from the table of words beside it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        text = io.String.Input("text", default="", tooltip="name of an emoji, with a background if wanted: red apple on blue")
+        return io.Schema(node_id="TestEmojiPrompt", category="testing", inputs=[text], outputs=[io.Conditioning.Output()])
+
+    @classmethod
+    def execute(cls, text: str) -> io.NodeOutput:
+        from assets import prompts
+
+        return io.NodeOutput(prompts.Words().conditioning(text))
+
+
 class TestLatent(io.ComfyNode):
     """An empty latent whose sides are given in latent pixels, for sizes the stock nodes round away."""
 
@@ -93,7 +108,7 @@ class TestPrompt(io.ComfyNode):
 
 class TestingExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TestConditioning, TestLatent, TestModel, TestPrompt]
+        return [TestConditioning, TestEmojiPrompt, TestLatent, TestModel, TestPrompt]
 
 
 async def comfy_entrypoint() -> TestingExtension:
