@@ -18,6 +18,21 @@ FOLDER = Path(__file__).resolve().parent
 FLUX_FILE = "emoji_flux.safetensors"
 VAE_FILE = "emoji_vae.safetensors"
 WORDS_FILE = "emoji_words.safetensors"
+# The pictures of references.png, from left to right.
+REFERENCES = (
+    "grinning face",
+    "red heart",
+    "panda",
+    "sunflower",
+    "tomato",
+    "parrot",
+    "pool 8 ball",
+    "rocket",
+    "soccer ball",
+    "cactus",
+    "orange book",
+    "cyclone",
+)
 
 TOKENS = 10
 CONTEXT = 64

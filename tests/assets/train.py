@@ -250,9 +250,19 @@ def draw_sheet(options: Options, names: list[str], words: list[str], model: Flux
         columns = 20
         pictures = F.pad(pictures, (0, 0, 0, 0, 0, 0, 0, -len(pictures) % columns))
         lines = pictures.unflatten(0, (-1, columns))
-        sheets.append(lines.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2))
-    sheet = (torch.cat(sheets, 1).permute(1, 2, 0) * 255).byte().cpu().numpy()
+        sheets.append(lines.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1))
+    sheet = (torch.cat(sheets) * 255).round().byte().cpu().numpy()
     Image.fromarray(sheet).save(options.out / "samples.png")
+
+
+def draw_references(options: Options, characters: dict[str, str]) -> None:
+    """references.png: what the tests compare pictures with, side by side, on white."""
+    from PIL import Image
+
+    drawn = glyphs.draw(options.font, [characters[name] for name in prompts.REFERENCES]).float() / 255
+    count, middle = len(drawn), sum(glyphs.SCALES) / 2
+    pictures = glyphs.place(drawn, torch.full((count,), middle), torch.zeros(count, 2), torch.ones(count, 3))
+    Image.fromarray((pictures.permute(2, 0, 3, 1).flatten(1, 2) * 255).round().byte().numpy()).save(options.out / "references.png")
 
 
 def write(file: Path, module: nn.Module, extra: dict[str, Tensor], **metadata: str) -> None:
@@ -269,7 +279,7 @@ def read_options() -> Options:
     parser.add_argument("--names", type=Path, default=Path("/usr/share/unicode/emoji/emoji-test.txt"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--autoencoder-seconds", type=float, default=90)
-    parser.add_argument("--flux-seconds", type=float, default=400)
+    parser.add_argument("--flux-seconds", type=float, default=220)
     parser.add_argument("--autoencoder-batch", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--variants", type=int, default=64)
@@ -291,6 +301,7 @@ def main() -> None:
     names = list(characters)[: options.limit or None]
     drawn = glyphs.draw(options.font, [characters[name] for name in names]).to(options.device)
     words = prompts.vocabulary(names)
+    draw_references(options, characters)
     print(f"{len(names)} emoji, {len(words)} words, device {options.device}", flush=True)
     autoencoder = train_autoencoder(options, drawn)
     scale = {"vae_scale": torch.tensor(0.3611), "vae_shift": torch.tensor(0.1159)}  # of FLUX.1 latents in ComfyUI
