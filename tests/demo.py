@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 OUTPUT = CHECKOUT / "demo-output"
 SIZE = 128  # pixels of a picture; shown twice as large
-PROMPTS = ("octopus on sky", "red apple on white", "rocket on purple", "sunflower on teal")
+PROMPTS = ("trophy on sky", "mushroom on teal", "hamburger on yellow", "ghost on purple")
 SAMPLING = graphs.Sampling(steps=25, cfg=4.0, seed=7)
 # Without CUDA a rank is a process on the CPU, and 2 are asked for; with CUDA, 0 asks for every GPU there is.
 PATCHES = [graphs.first_block_cache(threshold=0.08), graphs.parallel(gpus=0 if torch.cuda.is_available() else 2)]

@@ -49,9 +49,7 @@ class Optimizers:
     """Both optimizers of a Flux and its table of words, with one schedule: `rate` 0..1 scales every learning rate."""
 
     def __init__(self, model: nn.Module, table: nn.Parameter, lr: float = 2e-3, muon: bool = True) -> None:
-        in_blocks = {
-            name: p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name and "mod" not in name
-        }
+        in_blocks = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name and "mod" not in name}
         if not muon:
             in_blocks = {}
         others = [p for name, p in model.named_parameters() if name not in in_blocks]
@@ -80,4 +78,3 @@ class Optimizers:
     def load_state_dict(self, states: list[dict]) -> None:
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
-

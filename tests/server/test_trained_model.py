@@ -65,7 +65,17 @@ def draw(model: Any, vae: Any, words: prompts.Words) -> Callable[..., Tensor]:
         noise = torch.randn(len(names), 16, 16, 16, generator=torch.Generator().manual_seed(5))
         with torch.inference_mode():
             latent = comfy.sample.sample(
-                patched, noise, 20, cfg, "euler", "simple", positive, negative, latent_image=torch.zeros_like(noise), disable_pbar=True, seed=5
+                patched,
+                noise,
+                20,
+                cfg,
+                "euler",
+                "simple",
+                positive,
+                negative,
+                latent_image=torch.zeros_like(noise),
+                disable_pbar=True,
+                seed=5,
             )
             return vae.decode(latent).movedim(-1, 1)
 
