@@ -1,7 +1,7 @@
 """The two networks in plain torch, with the tensor names and the arithmetic of the files that ComfyUI's loaders take.
 
 `Flux` is FLUX.1 without guidance embedding ("schnell"), `Autoencoder` the 16-channel TAESD. Both are written for
-training: no patches, no masks, one size. tests/env/test_assets.py compares them with ComfyUI's own.
+training: no patches, no masks, one size. tests/server/test_trained_model.py compares them with ComfyUI's own.
 """
 
 from __future__ import annotations

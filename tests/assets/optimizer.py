@@ -48,10 +48,8 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """Both optimizers of a Flux and its table of words, with one schedule: `rate` 0..1 scales every learning rate."""
 
-    def __init__(self, model: nn.Module, table: nn.Parameter, lr: float = 2e-3, muon: bool = True) -> None:
+    def __init__(self, model: nn.Module, table: nn.Parameter, lr: float) -> None:
         in_blocks = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name and "mod" not in name}
-        if not muon:
-            in_blocks = {}
         others = [p for name, p in model.named_parameters() if name not in in_blocks]
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
@@ -61,8 +59,7 @@ class Optimizers:
                 fused=table.is_cuda,
             )
         ]
-        if in_blocks:
-            self.parts.append(Muon(list(in_blocks.values()), lr))
+        self.parts.append(Muon(list(in_blocks.values()), lr))
         self.highest = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def step(self, rate: float) -> None:

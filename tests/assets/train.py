@@ -42,7 +42,6 @@ class Options:
     limit: int  # emoji used; 0 = all
     seed: int
     lr: float
-    muon: bool
     device: torch.device
 
 
@@ -194,7 +193,7 @@ def train_flux(options: Options, names: list[str], pool: Tensor, colours: Tensor
     assert not rows[:, -1].any(), "no room for the background"
     model = Flux(prompts.CONTEXT, prompts.POOLED).to(device)
     tables = Tables(len(words)).to(device)
-    optimizers = Optimizers(model, tables.words, options.lr, options.muon)
+    optimizers = Optimizers(model, tables.words, options.lr)
     run = Run(options.out / "flux.pt", options.flux_seconds, {"model": model, "tables": tables, "optimizers": optimizers})
     compile_parts(model, options, DoubleBlock, SingleBlock)
     generator = torch.Generator(device).manual_seed(options.seed + 3 + run.step)
@@ -286,7 +285,6 @@ def read_options() -> Options:
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--muon", type=int, default=1)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Options(**vars(parser.parse_args()))
 
