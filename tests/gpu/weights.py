@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -232,7 +233,8 @@ def row(name: str, case: Case, settings: Any, group: Any, base: Any, folder: Pat
     expected = sample(model)  # from now on, because ComfyUI rounds some patched weights only after their first use
     pids, before = [os.getpid(), *group.pids], dict(group.counts)
     for pid in pids:
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # peaks begin anew
+        with suppress(OSError):  # where the kernel has no such file, peaks are those since the process began
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # peaks begin anew
     host, start = [used(pid) for pid in pids], [kilobytes(f"/proc/{pid}/status", "VmRSS:") for pid in pids]
     with reports() as lines:
         result = sample(shared(model, settings))
@@ -300,6 +302,9 @@ def bits(model: Any) -> tuple[int, int]:
 def used(pid: int) -> tuple[int, int]:
     """Bytes of memory of a process: its own, and files' that it maps; what it shares counted in parts."""
     path = f"/proc/{pid}/smaps_rollup"
+    if not Path(path).exists():  # some containers: pages count whole in each process
+        status = f"/proc/{pid}/status"
+        return kilobytes(status, "RssAnon:") + kilobytes(status, "RssShmem:"), kilobytes(status, "RssFile:")
     return kilobytes(path, "Pss_Anon:") + kilobytes(path, "Pss_Shmem:"), kilobytes(path, "Pss_File:")
 
 
