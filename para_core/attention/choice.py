@@ -13,6 +13,7 @@ from .backends import BACKENDS, Backend, Request
 from .backends.base import first_line
 from .backends.pytorch import run_lse as pytorch_lse
 from .call import Call, StockKernel
+from .capture import is_captured
 from .kernel import Kernel
 from .masks import as_4d
 from .selfcheck import SelfCheck
@@ -90,6 +91,9 @@ class Chooser:
         self._table = {backend.name: backend for backend in self.table}
         self._decisions: dict[Hashable, Decision] = {}
         self._said: set[str] = set()
+        self.will_capture = False
+        """Whether CUDA graphs are about to be captured, so that it must be known who can be part of one."""
+        self._captured: dict[str, bool] = {}
         self._kernels = {allowed: ChosenKernel(self, allowed) for allowed in (True, False)}
         if self.previous is not None and self.setting not in (None, "auto"):
             self._say_once(f"Another node's attention override is kept, so the attention backend {self.setting} is not used.")
@@ -150,6 +154,14 @@ class Chooser:
         """Take over times that another rank measured."""
         self.timings.table.update(table)
         self._decisions.clear()
+
+    def mind_capture(self, backend: Backend, q: torch.Tensor) -> None:
+        """Try once whether a CUDA graph holds ``backend``'s kernel. Raises RuntimeError in a capture that would not."""
+        if torch.cuda.is_current_stream_capturing():
+            if not self._captured.get(backend.name, False):
+                raise RuntimeError(f"attention backend {backend.name} launches its kernels where a CUDA graph does not see them")
+        elif self.will_capture and backend.name not in self._captured:
+            self._captured[backend.name] = is_captured(backend, q.device, q.dtype, q.shape[3])
 
     def exclude(self, decision: Decision, backend: Backend, reason: str) -> None:
         """``backend`` failed on such a call: pass it over for this kind of call."""
@@ -242,6 +254,8 @@ class ChosenKernel:
             decision = chooser.decide(q, k, mask, scale, needs_lse=needs_lse, low_precision_ok=self.low_precision_ok)
             backend = decision.candidates[0]
             last = len(decision.candidates) == 1
+            if q.is_cuda:
+                chooser.mind_capture(backend, q)
             try:
                 out, lse = _run(backend, q, k, v, mask, scale, needs_lse=needs_lse)
             except torch.cuda.OutOfMemoryError:

@@ -166,6 +166,12 @@ class Session:
         if self.patcher.is_dynamic() or self.patcher.model.model_lowvram:
             self.notes.say("No CUDA graphs: weights move while the model runs (--disable-dynamic-vram keeps them on the GPU).")
             return False
+        assert self.chooser is not None
+        stock = self.chooser.setting is None and comfy.model_management.sage_attention_enabled()
+        if stock or self.chooser.previous is not None:  # nobody knows on which stream it launches; SageAttention 2 on another one
+            whose = "--use-sage-attention" if stock else "another node's attention override"
+            self.notes.say(f"No CUDA graphs: {whose} may launch kernels where a graph does not see them.")
+            return False
         return not calls.obstacle(self.options["transformer_options"])
 
     def listening(self, args: tuple) -> tuple:

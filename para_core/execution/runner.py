@@ -161,6 +161,7 @@ class Runner:
 
         if self.cache is not None:
             self.cache.begin(step, comm)
+        self.override.chooser.will_capture = graph
         if graph and not isinstance(control, dict):
             options = arguments.get("transformer_options") or {}
             kept = (*self.hooks.plan.options, OVERRIDE)

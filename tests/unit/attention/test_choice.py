@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from para_core.attention import choice as choice_module
 from para_core.attention.backends import BACKENDS, Backend, Request, pytorch
 from para_core.attention.call import Call, StockKernel
 from para_core.attention.choice import LONG, SETTINGS, SHORT, Chooser, preferred, request_of
@@ -363,3 +364,24 @@ def test_rows_without_keys_may_hold_anything_finite(left, kept):
     choice, said = chooser("sage", sage)
     run(choice, mask=mask)
     assert ("sage" in choice.uses) is kept and (said == []) is kept
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_kernel_that_a_graph_would_not_hold_ends_the_capture(monkeypatch, held):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(choice_module, "is_captured", lambda backend, *_: asked.append(backend.name) or held)
+    choice, _ = chooser("auto", Fake("cudnn"))
+    backend, q = choice._decide(request_of(*tensors()[:2], None, None)).candidates[0], tensors()[0]
+    choice.mind_capture(backend, q)
+    assert asked == [], "nobody captures"
+    choice.will_capture = True
+    choice.mind_capture(backend, q)
+    choice.mind_capture(backend, q)
+    assert asked == ["cudnn"], "tried once"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    if held:
+        choice.mind_capture(backend, q)
+    else:
+        with pytest.raises(RuntimeError, match="attention backend cudnn launches its kernels where a CUDA graph does not see them"):
+            choice.mind_capture(backend, q)

@@ -90,3 +90,26 @@ def test_the_check_of_quantised_kernels_does_not_disturb_a_graph_capture():
     graph.replay()
     torch.testing.assert_close(out, eager)
     assert choice.end_forward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_a_graph_holds_a_kernel_or_the_chooser_refuses_to_capture_it(backend):
+    q, k, v = tensors((1, 24, 24, 512, 512, 128))
+    if reason := backend.probe() or backend.refuse(request_of(q, k, None, None)):
+        pytest.skip(reason)
+    choice = Chooser("auto", say=lambda _: None, table=(backend,), order=lambda request: (backend.name,))
+    choice.will_capture = True
+    kernel = choice.shared_kernel()
+    kernel.run(q, k, v, mask=None, scale=None)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            out = kernel.run(q, k, v, mask=None, scale=None)
+    except RuntimeError as error:
+        assert "where a CUDA graph does not see them" in str(error)
+        assert backend.name == "sage", "every other kernel is captured"
+        return
+    v.mul_(-1)
+    expected = kernel.run(q, k, v, mask=None, scale=None)
+    graph.replay()
+    assert relative(out, expected.float()) < 1e-2

@@ -1,0 +1,36 @@
+"""Whether a kernel can be part of a CUDA graph: tried once, because one that cannot may not say so.
+
+SageAttention 2.2 launches on the device's default stream instead of torch's current one. A capture then goes through
+without an error and without the kernel, and every replay leaves garbage where attention should be.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..log import log
+from .backends import Backend
+from .backends.base import first_line
+
+ROWS, HEADS = 256, 2
+
+
+def is_captured(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Capture a small call, replay it on other numbers, and compare with the kernel itself. Waits for the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(1, HEADS, ROWS, head_dim, device=device, generator=generator).to(dtype) for _ in range(3))
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    try:
+        backend.run(q, k, v, mask=None, scale=None)
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            out = backend.run(q, k, v, mask=None, scale=None)
+        v.copy_(torch.randn(v.shape, device=device, generator=generator))
+        expected = backend.run(q, k, v, mask=None, scale=None)
+        out.zero_()
+        graph.replay()
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        log.info("attention backend %s cannot be captured: %s", backend.name, first_line(error))
+        return False
+    return bool(torch.linalg.vector_norm(out.float() - expected.float()) <= 1e-2 * torch.linalg.vector_norm(expected.float()))
