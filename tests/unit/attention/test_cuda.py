@@ -77,11 +77,14 @@ def test_auto_computes_every_dtype_and_passes_its_own_check(dtype):
 
 def test_the_check_of_quantised_kernels_does_not_disturb_a_graph_capture():
     choice = Chooser("auto", say=lambda _: None)
+    choice.will_capture = True
     q, k, v = tensors((1, 24, 24, 9000, 9000, 128))
     kernel = choice.shared_kernel()
     for _ in range(2):
         choice.begin_forward()
         eager = kernel.run(q, k, v, mask=None, scale=None)
+    if not all(choice._captured.values()):
+        pytest.skip(f"not captured: {choice._captured}")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
