@@ -78,6 +78,11 @@ def open_file(data: Mapping[str, Any], device: torch.device) -> comfy.model_patc
     return opened if data["index"] is None else opened[data["index"]]
 
 
+def opened(patcher: comfy.model_patcher.ModelPatcher) -> bool:
+    """Whether a sidecar's model came from ``open_file``."""
+    return patcher.cached_patcher_init is not None
+
+
 def load(patcher: comfy.model_patcher.ModelPatcher, stacks: list, how: Mapping[str, Any]) -> None:
     """Give a sidecar's own model its patches, and have ComfyUI load as much of it as leaves ``how["working"]`` bytes free."""
     patcher.patches = {key: [_patch(*patch) for patch in stack] for key, stack in stacks}

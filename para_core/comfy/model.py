@@ -14,6 +14,7 @@ from typing import Any
 
 import comfy.float
 import comfy.model_base
+import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
@@ -112,6 +113,7 @@ def _read(patcher: comfy.model_patcher.ModelPatcher, layer: str, tensors: Mappin
     result = {}
     for name, tensor in tensors.items():
         dtype = _dtype(module, name, tensors)
+        comfy.model_management.mark_mmap_dirty(tensor.untyped_storage())  # pages of the file that ComfyUI lets go afterwards
         result[name] = torch.zeros(tensor.shape, dtype=dtype) if tensor.is_meta else tensor.to(dtype)
     for name in ("weight", "bias"):
         patch = _patch(module, name)

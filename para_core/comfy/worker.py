@@ -46,22 +46,23 @@ class ComfyHost:
         return int(comfy.model_management.get_free_memory(device) - reserved)
 
     def begin(self, patcher, run: dict[str, Any]) -> Run:
-        return Run(patcher.model.diffusion_model, run)
+        return Run(patcher.model.diffusion_model, run, opened=files.opened(patcher))
 
     def forward(self, run: Run, share: dict[str, Any], mesh: Mesh, comm: Comm) -> torch.Tensor | None:
         return run.forward(share, mesh, comm)
 
     def end(self, run: Run) -> None:
         run.runner.remove()
-        # as rank 0's main program does after a node: buffers of weights that come from host memory
-        comfy.model_management.reset_cast_buffers()
+        if run.opened:  # as rank 0's main program does after a node: buffers of weights that come from host memory
+            comfy.model_management.reset_cast_buffers()
         comfy.model_prefetch.cleanup_prefetch_queues()
 
 
 class Run:
-    """One sampling run on a sidecar."""
+    """One sampling run on a sidecar. ``opened``: its weights may be elsewhere than on the device."""
 
-    def __init__(self, diffusion_model: torch.nn.Module, run: dict[str, Any]):
+    def __init__(self, diffusion_model: torch.nn.Module, run: dict[str, Any], *, opened: bool):
+        self.opened = opened
         plan = plan_for(diffusion_model)
         assert plan is not None, "rank 0 has looked for it"
         self.names = calls.names(diffusion_model)
