@@ -5,6 +5,7 @@ from .plan import Plan
 
 PLAN = Plan(
     family="Chroma",
+    special="every block has a modulation vector of its own",
     models=("ldm.chroma.model.Chroma", "ldm.chroma_radiance.model.ChromaRadiance"),
     stacks=stacks(),
     streams=("img",),

@@ -4,6 +4,7 @@ from .plan import Blocks, Plan
 
 PLAN = Plan(
     family="CogVideoX",
+    special="positions are added to the tokens (1.0) or rotary (1.5)",
     models=("ldm.cogvideo.model.CogVideoXTransformer3DModel",),
     stacks=(
         Blocks(

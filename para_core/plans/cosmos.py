@@ -9,6 +9,7 @@ def rows(model, latents, _get) -> int:
 
 PREDICT2 = Plan(
     family="Cosmos-Predict2",
+    special="tokens stay a grid of frames, rows and columns, and are cut along the rows",
     models=("ldm.cosmos.predict2.MiniTrainDIT", "ldm.anima.model.Anima"),
     stacks=(
         Blocks(
@@ -30,14 +31,13 @@ PREDICT2 = Plan(
 
 def decline(model) -> str:
     """Which part of a block attends to all tokens is the checkpoint's choice; all known ones begin with it."""
-    kinds = {block.blocks[0].block_type for block in model.blocks.values()}
-    if kinds <= {"FA", "fa", "full_attn"}:
-        return ""
-    return "The blocks of this Cosmos model do not begin with full attention"
+    known = {block.blocks[0].block_type for block in model.blocks.values()} <= {"FA", "fa", "full_attn"}
+    return "" if known else "The blocks of this Cosmos model do not begin with full attention"
 
 
 PREDICT1 = Plan(
     family="Cosmos 1",
+    special="as Cosmos-Predict2, with tokens whole between blocks",
     models=("ldm.cosmos.model.GeneralDIT",),
     stacks=(
         Blocks(

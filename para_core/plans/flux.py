@@ -34,6 +34,7 @@ def stacks(*, image: Rules | None = None, joined: Rules | None = None) -> tuple[
 
 PLAN = Plan(
     family="FLUX",
+    special="references follow the picture; ranges of tokens with another timestep",
     models=("ldm.flux.model.Flux",),
     stacks=stacks(
         image={"modulation_dims_img": ranges(("img",))},

@@ -4,6 +4,7 @@ from .plan import Blocks, Plan
 
 PLAN = Plan(
     family="HiDream",
+    special="text is whole between blocks",
     models=("ldm.hidream.model.HiDreamImageTransformer2DModel",),
     stacks=(
         Blocks(

@@ -15,6 +15,7 @@ def decline(model) -> str:
 
 PLAN = Plan(
     family="HunyuanVideo",
+    special="a reference's tokens come first; the text is refined whole, before the blocks",
     models=("ldm.hunyuan_video.model.HunyuanVideo",),
     stacks=stacks(
         image={"modulation_dims_img": ranges(("img",))},

@@ -15,6 +15,7 @@ def coupled(get) -> bool:
 
 PLAN = Plan(
     family="LTX-2",
+    special="two streams that attend to each other",
     models=("ldm.lightricks.av_model.LTXAVModel",),
     stacks=(
         Blocks(

@@ -5,6 +5,7 @@ from .rules import guide_mask
 
 PLAN = Plan(
     family="LTX-Video",
+    special="a timestep for every token; guide strengths become a mask",
     models=("ldm.lightricks.model.LTXVModel",),
     stacks=(
         Blocks(

@@ -5,6 +5,7 @@ from .rules import spans
 
 PLAN = Plan(
     family="Lumina 2",
+    special="text, references and image in one sequence",
     models=("ldm.lumina.model.NextDiT", "ldm.lumina.model.NextDiTPixelSpace"),
     stacks=(
         Blocks(

@@ -5,6 +5,7 @@ from .rules import ranges
 
 PLAN = Plan(
     family="MiniMax-H3",
+    special="text, audio and video in one sequence, without a batch dim",
     models=("ldm.minimax.model.MiniMaxH3Model",),
     stacks=(
         Blocks(

@@ -5,6 +5,7 @@ from .rules import crop
 
 PLAN = Plan(
     family="Mochi",
+    special="padding of the text is left out of attention",
     models=("ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint",),
     stacks=(
         Blocks(

@@ -103,6 +103,7 @@ class Plan:
         sequence in between; the stream is gathered there.
     rebuilt: "argument.key" of what is no plain data in a call and is built by the forward where it is missing.
     decline: decline(model), why this very model cannot be cut, or "".
+    special: what is special about the family, for the README's table.
     """
 
     family: str
@@ -121,6 +122,7 @@ class Plan:
     final: str = ""
     rebuilt: tuple[str, ...] = ()
     decline: Callable[[Any], str] | None = None
+    special: str = ""
 
     @cached_property
     def segments(self) -> frozenset[str]:

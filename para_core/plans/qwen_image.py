@@ -5,6 +5,7 @@ from .rules import index
 
 PLAN = Plan(
     family="Qwen-Image",
+    special="references at timestep zero; a mask of the text is built inside the attention",
     models=("ldm.qwen_image.model.QwenImageTransformer2DModel",),
     stacks=(
         Blocks(

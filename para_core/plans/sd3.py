@@ -4,6 +4,7 @@ from .plan import Blocks, Plan
 
 PLAN = Plan(
     family="Stable Diffusion 3",
+    special="3.5 medium attends to the image a second time",
     models=("ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",),
     stacks=(
         Blocks(

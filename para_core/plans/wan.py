@@ -17,6 +17,7 @@ BLOCKS = Blocks(
 )
 PLAN = Plan(
     family="Wan",
+    special="text by cross-attention; a timestep for every frame; S2V, Animate, WanDancer: tokens whole between blocks",
     models=tuple(f"ldm.wan.model.{name}" for name in ("WanModel", "CameraWanModel", "SCAILWanModel", "SCAIL2WanModel")),
     stacks=(BLOCKS,),
     streams=("img",),
@@ -35,19 +36,17 @@ VACE = replace(
     PLAN,
     family="Wan VACE",
     models=("ldm.wan.model.VaceWanModel",),
-    stacks=(
-        BLOCKS,
-        replace(BLOCKS, path="vace_blocks", tokens={"c": IMG, "x": IMG}, returns=(IMG, IMG), side=True),
-    ),
+    special="control blocks run beside the others",
+    stacks=(BLOCKS, replace(BLOCKS, path="vace_blocks", tokens={"c": IMG, "x": IMG}, returns=(IMG, IMG), side=True)),
     decline=decline_vace,
 )
-AUDIO = {"audio": per_frame("img", 16)}
-# audio belongs to a frame, inside the blocks: shards end where frames do
+RULES = {**BLOCKS.rules, "audio": per_frame("img", 16)}
 HUMO = replace(
     PLAN,
     family="Wan HuMo",
+    special="audio belongs to a frame, inside the blocks: shards end where frames do",
     models=("ldm.wan.model.HumoWanModel",),
-    stacks=(replace(BLOCKS, rules={**BLOCKS.rules, **AUDIO}, units={"img": whole_frames("audio", 16)}),),
+    stacks=(replace(BLOCKS, rules=RULES, units={"img": whole_frames("audio", 16)}),),
     fewest=lambda _model, latents, get: 0 if get("audio_embed") is None else latents[0].shape[2],  # frames
 )
 # between the blocks of these, adapters work on all tokens, frame by frame
