@@ -6,7 +6,25 @@ from collections.abc import Callable
 
 import torch
 
-from .tiny import Tiny, cogvideox, cosmos, flux, hidream, hunyuan, ltx, lumina, mask, minimax, mochi, noise, qwen, sd3, wan, whole
+from .tiny import (
+    Tiny,
+    cogvideox,
+    cosmos,
+    flux,
+    hidream,
+    hunyuan,
+    kandinsky,
+    ltx,
+    lumina,
+    mask,
+    minimax,
+    mochi,
+    noise,
+    qwen,
+    sd3,
+    wan,
+    whole,
+)
 
 REFERENCE = [noise(2, 16, 6, 10, seed=9)]
 SQUARE = (noise(46, 46, seed=4) > 1.5).float() * -1e4
@@ -128,6 +146,8 @@ CASES: dict[str, Callable[[], Tiny]] = {
     "cosmos predict2 positions per block": lambda: cosmos.predict2(extra_positions=True),
     "anima": lambda: cosmos.anima(),
     "cosmos 1": lambda: cosmos.cosmos1(),
+    "kandinsky 5": lambda: kandinsky.kandinsky(),
+    "kandinsky 5 image": lambda: kandinsky.kandinsky(x=noise(2, 16, 1, 10, 14)),
 }
 
 # models whose blocks no plan describes

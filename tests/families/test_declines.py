@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from para_core.plans import PlanError, check, plan_for
+from para_core.plans import PLANS, PlanError, check, plan_for
 from para_core.plans.plan import attribute
 
 from .cases import CASES
@@ -88,3 +90,29 @@ def test_stack_whose_last_block_is_skipped_is_no_result() -> None:
     options = {"patches_replace": {"dit": {("double_block", 3): lambda args, _: {"img": args["img"]}}}}
     with pytest.raises(RuntimeError):  # ComfyUI's own, if it comes to use the length first
         shared(model, [call], 1, 2, options=options)
+
+
+# diffusion models of ComfyUI 0.30.0 that no plan names: they run stock
+STOCK = """
+ace.ace_step15.AceStepConditionGenerationModel ace.model.ACEStepTransformer2DModel audio.dit.AudioDiffusionTransformer
+boogu.model.BooguTransformer2DModel cascade.stage_b.StageB cascade.stage_c.StageC ernie.model.ErnieImageModel
+hidream_o1.model.HiDreamO1Transformer hunyuan3d.model.Hunyuan3Dv2 hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain
+hydit.models.HunYuanDiT ideogram4.model.Ideogram4Transformer2DModel joyimage.model.JoyImageTransformer3DModel
+krea2.model.SingleStreamDiT lens.model.LensTransformer2DModel mage_flow.model.MageFlowTransformer2DModel
+omnigen.omnigen2.OmniGen2Transformer2DModel pixart.pixartms.PixArtMS pixeldit.model.PixDiT_T2I pixeldit.pid.PidNet
+seedvr.model.NaDiT triposplat.model.LatentSeqMMFlowModel wan.ar_model.CausalWanModel
+"""
+NO_DIFFUSION = {"rt_detr.rtdetr_v4.RTv4", "depth_anything_3.model.DepthAnything3Net", "sam3.detector.SAM3Model"}
+
+
+def test_every_model_of_comfyui_has_a_plan_or_is_known_to_run_stock() -> None:
+    import comfy.model_base
+
+    source = inspect.getsource(comfy.model_base)
+    classes = set()
+    for word in set(re.findall(r"unet_model=([A-Za-z][\w.]*)", source)) - {"unet_model"}:
+        kind = eval(word, vars(comfy.model_base))  # noqa: S307  a name in ComfyUI's own source
+        classes.add(f"{kind.__module__}.{kind.__qualname__}".removeprefix("comfy.ldm."))
+    planned = {name.removeprefix("ldm.") for plan in PLANS for name in plan.models}
+    unknown = {name for name in classes if not any(name.endswith(end) for end in planned)}
+    assert unknown == set(STOCK.split()) | NO_DIFFUSION

@@ -1,0 +1,26 @@
+"""Kandinsky 5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .common import WIDTH, Tiny, built, noise, seeded, times
+
+
+def kandinsky(**extra: Any) -> Tiny:
+    from comfy.ldm.kandinsky5.model import Kandinsky5
+
+    model = built(
+        Kandinsky5,
+        in_text_dim=40,
+        in_text_dim2=24,
+        time_dim=32,
+        model_dim=WIDTH,
+        ff_dim=64,
+        visual_embed_dim=64,
+        num_text_blocks=1,
+        num_visual_blocks=3,
+        axes_dims=(4, 6, 6),
+    )
+    call = dict(x=noise(2, 16, 3, 6, 10), timestep=times(2, 1000), context=noise(2, 11, 40, seed=2), y=noise(2, 24, seed=3))
+    return seeded(model), call | extra
