@@ -3,6 +3,8 @@
     python bench.py overhead     hooks and step header on a 30-block model; the group's start; bytes exchanged
     python bench.py steps        seconds per step of real-size models with random weights (CUDA), tiny ones without CUDA
     python bench.py              both
+    python bench.py quality      pictures of every way of saving work beside those of the uncached run (see quality.py);
+                                 writes records/quality.json, quality.png and its part of RESULTS.md
 
 Prints a table, and writes everything to a JSON record (hardware, versions, date, commit) under records/.
 """
@@ -53,17 +55,24 @@ def machine() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["overhead", "steps"])
+    parser.add_argument("what", nargs="?", choices=["overhead", "steps", "quality"])
     parser.add_argument("--quick", action="store_true", help="few repeats and tiny models: only shows that the command works")
     parser.add_argument("--models", default="flux-1024,flux-2048,wan-480p", help="for steps: which, separated by commas")
     parser.add_argument("--backends", default="exact,auto", help="for steps: attention backends")
     parser.add_argument("--modes", default="off,compile+graph", help="for steps: how blocks run")
     parser.add_argument("--out", type=Path, default=HERE / "records", help="folder for the JSON record")
+    parser.add_argument("--short", action="store_true", help="for quality: a few pictures in this process, nothing written")
+    parser.add_argument("--report", action="store_true", help="for quality: only curves and table, from the record that is there")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     import torch
 
     comfy_import.boot_comfy("--disable-dynamic-vram" if torch.cuda.is_available() else "--cpu")
+    if options.what == "quality":
+        import quality
+
+        return quality.main(options, machine())
     import overhead
     import steps
 

@@ -1,0 +1,132 @@
+"""The quality measurement as pictures and tables: made from the record alone, so that they can be made again from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from quality_metrics import at, mean, worst
+
+Column = dict[str, Any]
+BEGIN, END = "<!-- quality: begin, written by bench.py quality -->", "<!-- quality: end -->"
+SAVINGS = (0.25, 0.4, 0.5, 0.6)
+COLOURS = {
+    "fewer steps": "#7f7f7f",
+    "reuse": "#1f77b4",
+    "taylor": "#17becf",
+    "forecast": "#2ca02c",
+    "EasyCache": "#d62728",
+    "LazyCache": "#ff7f0e",
+    "TeaCache rule": "#9467bd",
+}
+
+
+def record(found: dict[str, Any]) -> str:
+    """JSON with one line a setting."""
+    head = {name: value for name, value in found.items() if name != "settings"}
+    settings = ",\n".join("  " + json.dumps(column) for column in found["settings"])
+    return json.dumps(head)[:-1] + ',\n "settings": [\n' + settings + "\n ]}\n"
+
+
+def main_grid(columns: Sequence[Column], cfg: float) -> dict[str, list[Column]]:
+    """The grid's columns of one cfg by series, by what they save."""
+    largest = max(column["pictures"] for column in columns)
+    found: dict[str, list[Column]] = {}
+    for column in columns:
+        if column["cfg"] == cfg and column["pictures"] == largest and (column["sampler"], column["scheduler"]) == ("euler", "simple"):
+            found.setdefault(column["series"], []).append(column)
+    return {series: sorted(those, key=lambda column: mean(column["saved"])) for series, those in found.items()}
+
+
+def curve(columns: Sequence[Column], name: str, how: Callable[[Sequence[float]], float]) -> list[tuple[float, float]]:
+    return [(mean(column["saved"]), how(column[name])) for column in columns]
+
+
+def write(found: dict[str, Any], folder: Path) -> None:
+    draw(found["settings"], folder / "quality.png")
+    path = folder / "RESULTS.md"
+    text = path.read_text() if path.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n{section(found)}\n{END}{after}")
+
+
+def draw(columns: Sequence[Column], path: Path) -> None:
+    """Mean and worst pictures over what is saved, PSNR above and SSIM below, cfg 1 on the left and 4 on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharex=True, sharey="row")
+    for place, cfg in enumerate((1.0, 4.0)):
+        for row, (name, title) in enumerate((("psnr", "PSNR, dB"), ("ssim", "SSIM"))):
+            axis = axes[row][place]
+            for series, those in main_grid(columns, cfg).items():
+                colour, width = COLOURS[series], 2.4 if series == "forecast" else 1.3
+                axis.plot(*zip(*curve(those, name, mean), strict=True), "o-", color=colour, label=series, markersize=3.5, linewidth=width)
+                axis.plot(*zip(*curve(those, name, worst), strict=True), "--", color=colour, linewidth=width / 2)
+            axis.axvline(0.5, color="#cccccc", linewidth=1, zorder=0)
+            axis.grid(alpha=0.25)
+            axis.set_title(f"cfg {cfg:g}: {title}")
+    axes[0][0].legend(fontsize=9)
+    for axis in axes[1]:
+        axis.set_xlabel("share of block computation skipped")
+    figure.suptitle("Against the uncached run of the same prompt and seed. Lines: mean; dashed: mean of the worst 5 %.", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def section(found: dict[str, Any]) -> str:
+    return "\n".join([*facts(found), *tables(found["settings"]), *probe_table(found["settings"])])
+
+
+def facts(found: dict[str, Any]) -> Iterator[str]:
+    machine, columns = found["machine"], found["settings"]
+    pictures, steps = max(column["pictures"] for column in columns), columns[0]["steps"]
+    yield f"Model: {found['model']}. {pictures} pictures (a prompt and a seed each), {steps} steps of euler, schedule simple."
+    yield f"Measured {machine['date']} at {machine['commit']}, torch {machine['torch']}, {machine['device']}."
+    yield ""
+    yield "![Quality over saved computation](quality.png)"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def tables(columns: Sequence[Column]) -> Iterator[str]:
+    """Every series at equal saving."""
+    for cfg in (1.0, 4.0):
+        yield ""
+        yield f"### cfg {cfg:g}: PSNR in dB (mean / worst 5 %) and SSIM at equal block computation skipped"
+        yield ""
+        yield "| | " + " | ".join([*(f"{saving:.0%}" for saving in SAVINGS), "latents at 50%", "threshold at 50%", "seconds at 50%"]) + " |"
+        yield "|---|" + "---|" * (len(SAVINGS) + 3)
+        for series, those in main_grid(columns, cfg).items():
+            cells = []
+            for saving in SAVINGS:
+                values = [at(saving, curve(those, name, how)) for name, how in (("psnr", mean), ("psnr", worst), ("ssim", mean))]
+                cells.append(f"{number(values[0])} / {number(values[1])}, {number(values[2], 3)}" if values[0] is not None else "-")
+            latents = at(0.5, curve(those, "latent_psnr", mean))
+            threshold = at(0.5, [(mean(column["saved"]), column["value"]) for column in those])
+            seconds = at(0.5, [(mean(column["saved"]), sum(column["seconds"]) / sum(column["stock_seconds"])) for column in those])
+            yield f"| {series} | " + " | ".join([*cells, number(latents), number(threshold, 3), number(seconds, 2)]) + " |"
+
+
+def probe_table(columns: Sequence[Column]) -> Iterator[str]:
+    """Other samplers, schedules and step counts, each series at one threshold."""
+    largest = max(column["pictures"] for column in columns)
+    yield ""
+    yield "### Probes: other samplers and schedules (cfg 4), few steps (cfg 1)"
+    yield ""
+    yield "| sampler | schedule | steps | series | threshold | skipped | PSNR mean / worst 5 % | SSIM |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for column in columns:
+        if column["pictures"] != largest:
+            yield (
+                f"| {column['sampler']} | {column['scheduler']} | {column['steps']} | {column['series']} | {column['value']:g} | "
+                f"{mean(column['saved']):.0%} | {mean(column['psnr']):.1f} / {worst(column['psnr']):.1f} | {mean(column['ssim']):.3f} |"
+            )
