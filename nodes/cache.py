@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..para_core.cache.predictor import ORDERS
+from ..para_core.cache.rule import RULES
 from ..para_core.comfy import attach
 from ..para_core.settings import Cache
 
@@ -26,9 +27,10 @@ class ParaFirstBlockCache(io.ComfyNode):
                     "threshold",
                     default=0.08,
                     min=0.0,
-                    max=1.0,
+                    max=5.0,
                     step=0.01,
-                    tooltip="A step is reused when its first block changed less than this share. Higher = faster and less exact; 0 = off.",
+                    tooltip="A step is skipped when its first block changed less than this share (rule classic), or while the expected "
+                    "error in percent is less (forecast). Higher = faster and less exact; 0 = off.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -52,7 +54,15 @@ class ParaFirstBlockCache(io.ComfyNode):
                     "predictor",
                     options=list(ORDERS),
                     default="reuse",
-                    tooltip="reuse = take the rest of the step as it was; taylor = follow its trend over the last two computed steps.",
+                    tooltip="With classic: reuse = take the rest of the step as it was; taylor = follow its trend over two computed steps.",
+                ),
+                io.Combo.Input(
+                    "rule",
+                    options=list(RULES),
+                    default="classic",
+                    optional=True,  # graphs from before it was there do not have it
+                    tooltip="classic = skip a step whose first block changed less than the threshold; forecast = foretell results "
+                    "while the error expected of that, in percent, is under the threshold.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
@@ -60,6 +70,13 @@ class ParaFirstBlockCache(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, threshold: float, start_percent: float, end_percent: float, max_consecutive_hits: int, predictor: str
+        cls,
+        model,
+        threshold: float,
+        start_percent: float,
+        end_percent: float,
+        max_consecutive_hits: int,
+        predictor: str,
+        rule: str = "classic",
     ) -> io.NodeOutput:
-        return io.NodeOutput(attach.attach(model, Cache(threshold, start_percent, end_percent, max_consecutive_hits, predictor)))
+        return io.NodeOutput(attach.attach(model, Cache(threshold, start_percent, end_percent, max_consecutive_hits, predictor, rule)))

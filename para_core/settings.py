@@ -52,10 +52,15 @@ class Accelerate:
 
 @dataclass(frozen=True)
 class Cache:
-    """First Block Cache. Percentages are of the sampling schedule; ``max_consecutive_hits`` -1: no limit, 0: never."""
+    """First Block Cache. Percentages are of the sampling schedule; ``max_consecutive_hits`` -1: no limit, 0: never.
+
+    rule: ``classic`` (the first block's change since the last computed step) or ``forecast`` (what a step foretold from
+    the results before it is expected to be wrong by; it has its own predictor).
+    """
 
     threshold: float = 0.08
     start_percent: float = 0.0
     end_percent: float = 1.0
     max_consecutive_hits: int = -1
     predictor: str = "reuse"
+    rule: str = "classic"

@@ -1,10 +1,14 @@
-"""Named settings of First Block Cache, for who does not want to choose numbers."""
+"""Named settings of the step cache, for who does not want to choose numbers."""
 
 from __future__ import annotations
 
 from ..settings import Cache
 
-FEW_STEPS = 10
+FEW_STEPS = 8
 """Runs of at most so many steps (distilled models) are not cached: each step is a large part of the way."""
 
-PRESETS = {"quality": Cache(0.05), "balanced": Cache(0.08), "fast": Cache(0.12)}
+PRESETS = {
+    "quality": Cache(0.25, rule="forecast"),
+    "balanced": Cache(0.5, rule="forecast"),
+    "fast": Cache(1.5, rule="forecast"),
+}

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from ..settings import Cache
 
+RULES = ("classic", "forecast")  # the second one: forecast.py
+
 
 @dataclass(frozen=True)
 class Window:
@@ -27,10 +29,12 @@ class Window:
 
 @dataclass
 class Condition:
-    """What rank 0 remembers of one condition: the shape of its last computed forward and its run of hits."""
+    """What rank 0 remembers of one condition: the shape of its last computed forward, and of the hits since then how many
+    there were and what rule ``forecast`` expects them to have done (see forecast.py)."""
 
     shape: Hashable
     hits: int = 0
+    spent: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,12 @@ class ModelCall:
         sigmas = self.options.get("sigmas")
         return float(sigmas.flatten()[0]) if isinstance(sigmas, torch.Tensor) and sigmas.numel() else 0.0
 
+    @property
+    def schedule(self) -> list[float]:
+        """All noise levels of the sampling run, as far as the sampler says them."""
+        levels = self.options.get("sample_sigmas")
+        return levels.flatten().tolist() if isinstance(levels, torch.Tensor) else []
+
     def shape(self) -> Hashable:
         """What must not change between two forwards for one to be reused in the other: all tensors' shapes, batch rows apart.
 

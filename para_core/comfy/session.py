@@ -31,6 +31,7 @@ from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
 from . import accelerate, calls, reports, sidecars, windows
 from .calls import ModelCall
+from .forecasting import Forecaster
 from .lanes import Call, Lanes
 from .meter import Meter
 from .notify import Notes, show
@@ -72,6 +73,7 @@ class Session:
         self.split: Split | None = None
         self.runner: Runner | None = None
         self.decisions: Decisions | None = None
+        self.forecaster: Forecaster | None = None
         self.chooser: Chooser | None = None
         self.steps, self.forwards = steps, 0
         self.meter = Meter(self.patcher.load_device)
@@ -99,6 +101,10 @@ class Session:
             if reason:
                 self.notes.say(f"This run stays on one GPU: {reason}.")
                 devices = []
+        if caching and self.caching is not None and self.caching.rule == "forecast":
+            self.decisions = self._decisions(self.caching)
+            self.forecaster = Forecaster(self.decisions, float(self.patcher.get_model_object("model_sampling").sigma_max))
+            caching = False
         if caching or devices or self.compiling is not None and self.compiling.mode != "off":
             self._install(chooser, caching, devices)
         if self.runner is not None or self.attention is not None:
@@ -106,6 +112,16 @@ class Session:
         # also where nothing else is ours: then the forwards are only timed
         self.original = getattr(self.model, calls.entry(self.model))
         self._undo.append(replace(self.model, calls.entry(self.model), self.forward))
+
+    @property
+    def used(self) -> bool:
+        """Whether anything of this run is ours."""
+        return self.runner is not None or self.attention is not None or self.forecaster is not None
+
+    def _decisions(self, caching: Cache) -> Decisions:
+        sampling = self.patcher.get_model_object("model_sampling")
+        start, end = (float(sampling.percent_to_sigma(percent)) for percent in (caching.start_percent, caching.end_percent))
+        return Decisions(caching, Window(start, end))
 
     def _obstacle(self, options: dict[str, Any], previous) -> str:
         """Why this run cannot be split, whatever the model; "" if it can."""
@@ -134,11 +150,7 @@ class Session:
         self._undo.append(self.runner.remove)
         if caching:
             assert self.caching is not None
-            sampling = self.patcher.get_model_object("model_sampling")
-            window = Window(
-                *(float(sampling.percent_to_sigma(percent)) for percent in (self.caching.start_percent, self.caching.end_percent))
-            )
-            self.decisions = Decisions(self.caching, window)
+            self.decisions = self._decisions(self.caching)
         if devices:
             if not plan.stacks:
                 name = type(self.model).__name__
@@ -201,7 +213,7 @@ class Session:
         while self._undo:
             self._undo.pop()()
         report = self.report()
-        if self.runner is not None or self.attention is not None:
+        if self.used:
             log.info("run: %s", json.dumps(report))
             show("\n".join([summary(report), *self.notes.said]))
         if self.latents is not None:
@@ -247,7 +259,13 @@ class Session:
         model_calls = [ModelCall(call, self.names) for call in together]
         records = self.decisions.records if self.decisions is not None else []
         with self.meter.visit(model_calls[0].options.get("sigmas"), len(together), records) as visit:
-            results = self.compute(model_calls)
+            results = self.forecaster.answer(model_calls) if self.forecaster is not None else None
+            if results is not None:
+                self.forwards += len(model_calls)
+            else:
+                results = self.compute(model_calls)
+                if self.forecaster is not None:
+                    self.forecaster.learn(model_calls, results)
             visit.whole = self.runner is None or not self.runner.graphs.captures
         return results
 
@@ -309,7 +327,7 @@ class Session:
         self.forwards += 1
         if self.runner is None:
             return self.plain(call)
-        if self.decisions is None:
+        if self.runner.cache is None:
             return self.runner.run(self.original, self.names, call.call.args, call.call.kwargs, mesh=SOLO_MESH, graph=self.graph())
         shapes = {key: call.shape() for key in call.keys}
         step = self.cache_step(shapes, call.sigma, chunks(call.keys, call.rows // call.chunks, 0, call.rows))
@@ -329,7 +347,7 @@ class Session:
 
     def cache_step(self, shapes: dict[Hashable, Hashable], sigma: float, own: tuple) -> Step | None:
         """What the cache shall do in a step of these conditions; ``own``: the chunks of this rank's forward."""
-        if self.decisions is None:
+        if self.decisions is None or self.forecaster is not None:
             return None
         settings = self.decisions.settings
         compare = self.decisions.known(shapes)

@@ -68,7 +68,7 @@ class Split:
                 model=sidecars.model_id(session.patcher),
                 attention=session.attention.backend if session.attention else None,
                 kernels=session.chooser.timings.table if session.chooser is not None else {},
-                cached=session.decisions is not None,
+                cached=session.runner is not None and session.runner.cache is not None,
                 compiled=session.runner is not None and session.runner.compiled is not None,
             )
             self.active = True

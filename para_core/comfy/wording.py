@@ -86,7 +86,9 @@ def _ranks(report: dict[str, Any]) -> str:
 def _cache(report: dict[str, Any]) -> str:
     if report["cache"] is None:
         return "Cache: none"
-    return f"Cache: {cached(report)}, threshold {report['cache']['threshold']:g}, {report['cache']['predictor']}"
+    setting = report["cache"]
+    way = setting["predictor"] if setting["rule"] == "classic" else setting["rule"]
+    return f"Cache: {cached(report)}, threshold {setting['threshold']:g}, {way}"
 
 
 def _attention(report: dict[str, Any]) -> list[str]:

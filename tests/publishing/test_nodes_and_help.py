@@ -16,7 +16,7 @@ def test_the_nodes_of_this_release_are_registered_with_their_inputs_in_the_order
         "ParaParallel": ["model", "gpus", "batch_degree", "ulysses_degree", "ring_degree", "devices"],
         "ParaAttention": ["model", "backend"],
         "ParaCompile": ["model", "mode"],
-        "ParaFirstBlockCache": ["model", "threshold", "start_percent", "end_percent", "max_consecutive_hits", "predictor"],
+        "ParaFirstBlockCache": ["model", "threshold", "start_percent", "end_percent", "max_consecutive_hits", "predictor", "rule"],
         "ParaReport": ["samples"],
     }
     assert {node.id: [name for _, name in node.inputs] for node in NODES.values()} == expected

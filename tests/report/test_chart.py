@@ -16,7 +16,7 @@ def step(seconds: float = 1.0, change: float | None = None, hits: int = 0, decis
 
 
 def report(*timeline: dict, threshold: float | None = 0.1) -> dict:
-    cache = None if threshold is None else {"threshold": threshold, "predictor": "reuse"}
+    cache = None if threshold is None else {"threshold": threshold, "predictor": "reuse", "rule": "classic"}
     return {"ranks": 2, "degrees": [1, 1, 2], "seconds_per_step": 1.0, "timeline": list(timeline), "cache": cache}
 
 

@@ -1,0 +1,60 @@
+"""Rule ``forecast`` on the model calls of a sampling run: which of them need no computing, and their results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from ..cache.first_block import Chunk, chunks
+from ..cache.forecast import Forecast, distance
+from ..cache.rule import Decisions, decide
+from .calls import ModelCall, tensors
+
+
+class Forecaster:
+    """Decides and answers for whole model calls, before any rank sees them. ``largest``: the model's highest noise level."""
+
+    def __init__(self, decisions: Decisions, largest: float):
+        self.decisions, self.largest = decisions, largest
+        self.forecast = Forecast()
+        self._shapes: dict[Hashable, Hashable] = {}
+        self._totals: list[float] = []
+
+    def answer(self, model_calls: list[ModelCall]) -> list[Any] | None:
+        """Foretold results of the calls of one step, None where they shall be computed (and then ``learn``ed)."""
+        decisions, sigma = self.decisions, model_calls[0].sigma
+        self._shapes = {key: call.shape() for call in model_calls for key in call.keys}
+        self._totals = []
+        if not decisions.known(self._shapes):
+            self.forecast.forget(self._shapes)
+            return None
+        way = distance(sigma, model_calls[0].schedule, self.largest)
+        totals = [decisions.conditions[key].spent + self.forecast.cost(key, sigma, way) for key in self._shapes]
+        if all(map(math.isfinite, totals)):
+            self._totals = totals
+        if not (self._totals and decisions.may_hit(self._shapes, sigma) and decide(totals, decisions.settings.threshold)):
+            return None
+        for key, total in zip(self._shapes, totals, strict=True):
+            decisions.conditions[key].spent = total
+        decisions.record(self._shapes, sigma, totals, True)
+        return [self._foretold(call) for call in model_calls]
+
+    def learn(self, model_calls: list[ModelCall], results: list[Any]) -> None:
+        """Keep what was computed for calls that ``answer`` had no results for."""
+        for call, result in zip(model_calls, results, strict=True):
+            for chunk in parts(call):
+                self.forecast.learn(chunk.key, call.sigma, [tensor[chunk.start : chunk.stop] for tensor in tensors(result)])
+        self.decisions.record(self._shapes, model_calls[0].sigma, self._totals, False)
+
+    def _foretold(self, call: ModelCall) -> Any:
+        found = [self.forecast.foretell(chunk.key, call.sigma) for chunk in parts(call)]
+        joined = [torch.cat(rows).to(call.latents[0].dtype) for rows in zip(*found, strict=True)]
+        return joined[0] if isinstance(call.call.args[0], torch.Tensor) else joined
+
+
+def parts(call: ModelCall) -> tuple[Chunk, ...]:
+    """The conditions of a call with their batch rows."""
+    return chunks(call.keys, call.rows // call.chunks, 0, call.rows)
