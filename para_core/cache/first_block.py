@@ -192,27 +192,34 @@ class FirstBlockCache:
             self._entries[key] = Entry([], [History(order) for _ in self.hooks.plan.streams])
         return self._entries[key]
 
-    def _complete(self, key: Hashable) -> bool:
-        """False where a patch kept the last block from running, so that nothing is known of the rest."""
-        return key in self._entries and bool(self._entries[key].rest[0].points)
+    def _complete(self, chunk: Chunk, residuals: list[torch.Tensor]) -> bool:
+        """False where nothing is known of the rest, because a patch left out the last block, or changed the number of tokens."""
+        entry = self._entries.get(chunk.key)
+        if entry is None or not entry.rest[0].points:
+            return False
+        return all(old.shape == self._rows(new, chunk).shape for old, new in zip(entry.first, residuals, strict=True))
 
     def _decide(self, step: Step, residuals: list[torch.Tensor]) -> bool:
         """Reduce the sums over all ranks once; rank 0 decides and all follow."""
         comm = self.comm or SOLO
-        if not step.compare or comm.size == 1 and not all(self._complete(chunk.key) for chunk in step.chunks):
-            for chunk in step.chunks:
-                self._entries.pop(chunk.key, None)
-            return False
         device = residuals[0].device
-        sums = torch.zeros(step.count, 2, dtype=torch.float64, device=device)
-        for chunk in step.chunks:
+        sums = torch.zeros(step.count, 3, dtype=torch.float64, device=device)  # difference, size, ranks that know too little
+        for chunk in step.chunks if step.compare else ():
+            if not self._complete(chunk, residuals):
+                sums[chunk.index, 2] = 1
+                continue
             for previous, residual in zip(self._entries[chunk.key].first, residuals, strict=True):
                 sums[chunk.index, 0] += (previous - self._rows(residual, chunk)).abs().sum(dtype=torch.float32)
                 sums[chunk.index, 1] += previous.abs().sum(dtype=torch.float32)
-        comm.all_reduce(sums)
+        if step.compare:
+            comm.all_reduce(sums)
+        if not step.compare or sums[:, 2].any():
+            for chunk in step.chunks:
+                self._entries.pop(chunk.key, None)
+            return False
         verdict = torch.zeros(1 + step.count, dtype=torch.float64, device=device)
         if comm.rank == 0:
-            changes = [change(*pair) for pair in sums.tolist()]
+            changes = [change(*pair) for pair in sums[:, :2].tolist()]
             hit = step.may_hit and decide(changes, step.threshold)
             verdict = verdict.new_tensor([float(hit), *changes])
         comm.broadcast(verdict)

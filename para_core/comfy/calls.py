@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,17 @@ from . import windows
 from .lanes import Call
 
 OUTSIDE = ("wrappers", "callbacks", windows.NAME)  # of use outside of the diffusion model, on rank 0 only
+HOLDERS = ("easycache",)  # objects of ComfyUI's own wrappers, which no model reads
+BEFORE = ("post_input", "noise_refiner")  # patches called before the first block
+
+# Core nodes, by the module of their patches, that cannot be shared: they change from call to call how many tokens there are.
+REFUSED = {
+    "nodes_flux": "Flux KV Cache drops tokens after the first step and keeps their keys and values",
+    "nodes_tomesd": "Token Merging (ToMe) merges tokens inside attention",
+    "nodes_hypertile": "HyperTile cuts the image into tiles inside attention",
+}
+# Core nodes whose patches do the same at every step, or show at the first block: a step without them is as before.
+CACHED = ("nodes_nag", "nodes_slg")
 
 
 def entry(model: torch.nn.Module) -> str:
@@ -126,25 +137,47 @@ def form(value: Any, rows: int) -> Hashable:
 
 
 def travelling(options: dict[str, Any]) -> dict[str, Any]:
-    """The transformer options that other ranks need: everything but what acts outside, and our own override."""
-    return {name: value for name, value in options.items() if name not in (*OUTSIDE, OVERRIDE, "patches", "patches_replace")}
+    """The transformer options that other ranks need: everything but code, and our own override."""
+    return {name: value for name, value in options.items() if name not in (*OUTSIDE, *HOLDERS, OVERRIDE, "patches", "patches_replace")}
+
+
+def functions(options: dict[str, Any]) -> Iterator[tuple[str, str, Hashable, Any]]:
+    """The functions that patch blocks, each as (kind, name, place among those of the name, function)."""
+    for kind in ("patches", "patches_replace"):
+        for name, held in (options.get(kind) or {}).items():
+            for place, function in held.items() if isinstance(held, dict) else enumerate(held):
+                yield kind, name, place, function
 
 
 def patches(options: dict[str, Any]) -> tuple[tuple[str, str, Hashable, str], ...]:
-    """The functions that patch blocks, each as (kind, name, place among those of the name, title)."""
-    found: list[tuple[str, str, Hashable, str]] = []
-    for kind in ("patches", "patches_replace"):
-        for name, held in (options.get(kind) or {}).items():
-            places = held.items() if isinstance(held, dict) else enumerate(held)
-            found += [(kind, name, place, title(function)) for place, function in places]
-    return tuple(found)
+    """The patches, with their titles for functions."""
+    return tuple((kind, name, place, title(function)) for kind, name, place, function in functions(options))
 
 
-def obstacle(options: dict[str, Any]) -> str:
-    """What in ``options`` is code that would have to run on every rank, in words; "" if there is none."""
+def first_patch(options: dict[str, Any]) -> str:
+    """The first of them in words; "" if there is none."""
     for kind, name, _, function in patches(options):
         return f"the {name} {kind.removesuffix('es').replace('_', ' ')} {function}"
     return ""
+
+
+def refusal(options: dict[str, Any]) -> str:
+    """Why calls with these patches cannot be shared; "" if they can."""
+    return next((REFUSED[name] for *_, function in functions(options) if (name := module(function)) in REFUSED), "")
+
+
+def uncached(options: dict[str, Any]) -> str:
+    """The first patch that the step cache cannot follow: it may change what blocks after the first do from step to step."""
+    for _, name, _, function in functions(options):
+        if module(function) in REFUSED or name not in BEFORE and module(function) not in CACHED:
+            return title(function)
+    return ""
+
+
+def module(function: Any) -> str:
+    """The last part of the name of the module that a function, or its class, comes from."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return named.__module__.rpartition("/")[2].rpartition(".")[2]
 
 
 def title(function: Any) -> str:

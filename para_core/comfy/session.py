@@ -75,6 +75,7 @@ class Session:
         self.decisions: Decisions | None = None
         self.forecaster: Forecaster | None = None
         self.chooser: Chooser | None = None
+        self.foreign = ""  # another node's attention override, which shared forwards use
         self.steps, self.forwards = steps, 0
         self.meter = Meter(self.patcher.load_device)
         self.latents: reports.Mark | None = None
@@ -98,6 +99,7 @@ class Session:
         devices = sidecars.devices(self.parallel, self.patcher.load_device, self.notes.say) if self.parallel else []
         if devices:
             reason = self._obstacle(options, previous)
+            self.foreign = f"the attention override {calls.title(previous)}" if previous is not None and not reason else ""
             if reason:
                 self.notes.say(f"This run stays on one GPU: {reason}.")
                 devices = []
@@ -129,10 +131,13 @@ class Session:
             return "ComfyUI's own MultiGPU nodes already spread this model"
         if self.patcher.hook_patches:
             return "conditioning hooks change the model's weights while it samples"
-        if previous is not None:
-            return f"the attention override {calls.title(previous)} exists in ComfyUI's own process only"
-        code = calls.obstacle(options)
-        return f"{code} exists in ComfyUI's own process only" if code else ""
+        plan = plan_for(self.model)
+        if previous is not None and plan is not None and not plan.gatherable:
+            return f"attention of {plan.family} cannot be gathered for the override {calls.title(previous)} of another node"
+        code = calls.first_patch(options) or (f"the attention override {calls.title(previous)}" if previous is not None else "")
+        if code and plan is not None and not plan.stacks:
+            return f"{code} runs in ComfyUI's own process, and the blocks of {type(self.model).__name__} are not cut"
+        return calls.refusal(options)
 
     def _install(self, chooser: Chooser, caching: bool, devices: list[str]) -> None:
         plan = plan_for(self.model)
@@ -143,7 +148,15 @@ class Session:
             self.notes.say(f"No step is cached: ParaDiT has no plan for the blocks of {type(self.model).__name__}.")
             caching = False
         try:
-            self.runner = Runner(plan, self.model, chooser, cached=caching, compiled=self._compiles(plan), stock=optimized_attention)
+            self.runner = Runner(
+                plan,
+                self.model,
+                chooser,
+                cached=caching,
+                compiled=self._compiles(plan),
+                stock=optimized_attention,
+                foreign=bool(self.foreign),
+            )
         except PlanError as error:
             self.notes.say(f"{error}. It runs as ComfyUI runs it, on one GPU.")
             return
@@ -155,6 +168,8 @@ class Session:
             if not plan.stacks:
                 name = type(self.model).__name__
                 self.notes.say(f"{name} is not cut: prompts and images of a batch run on several GPUs, one image of one prompt on one.")
+            if self.foreign:
+                self.notes.say(f"Attention is computed on the first GPU alone, by {self.foreign}: without that node all GPUs share it.")
             self.split = Split(self, plan, devices)
             self._undo.append(self.split.stop)
             for kind, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
@@ -164,13 +179,13 @@ class Session:
         """Whether blocks are compiled in this run; what stands against it is said."""
         if self.compiling is None or not self.compiling.blocks:
             return False
-        code = calls.obstacle(self.options["transformer_options"])
+        code = calls.first_patch(self.options["transformer_options"]) or self.foreign
         if code:
             self.notes.say(f"Blocks are not compiled: {code} runs inside of them.")
         return not code
 
-    def graph(self) -> bool:
-        """Whether this run's forwards are captured as CUDA graphs; what stands against it is said."""
+    def graph(self, options: dict[str, Any]) -> bool:
+        """Whether forwards with these options are captured as CUDA graphs; what stands against it is said."""
         if self.compiling is None or not self.compiling.graph:
             return False
         if self.patcher.load_device.type != "cuda" or self.runner is None:
@@ -184,7 +199,7 @@ class Session:
             whose = "--use-sage-attention" if stock else "another node's attention override"
             self.notes.say(f"No CUDA graphs: {whose} may launch kernels where a graph does not see them.")
             return False
-        return not calls.obstacle(self.options["transformer_options"])
+        return not calls.first_patch(options)
 
     def listening(self, args: tuple) -> tuple:
         """The sampler's arguments with a callback (the sixth) that also tells the node how far the run is."""
@@ -327,12 +342,13 @@ class Session:
         self.forwards += 1
         if self.runner is None:
             return self.plain(call)
-        if self.runner.cache is None:
-            return self.runner.run(self.original, self.names, call.call.args, call.call.kwargs, mesh=SOLO_MESH, graph=self.graph())
+        graph = self.graph(call.options)
+        if not self.follows(call.options):
+            return self.runner.run(self.original, self.names, call.call.args, call.call.kwargs, mesh=SOLO_MESH, graph=graph)
         shapes = {key: call.shape() for key in call.keys}
         step = self.cache_step(shapes, call.sigma, chunks(call.keys, call.rows // call.chunks, 0, call.rows))
         args, kwargs = call.call.args, call.call.kwargs
-        result = self.runner.run(self.original, self.names, args, kwargs, mesh=SOLO_MESH, step=step, graph=self.graph())
+        result = self.runner.run(self.original, self.names, args, kwargs, mesh=SOLO_MESH, step=step, graph=graph)
         self.record(shapes, call.sigma)
         return result
 
@@ -345,6 +361,14 @@ class Session:
             raise KernelBroken("an attention kernel gave NaN or infinity")
         return result
 
+    def follows(self, options: dict[str, Any]) -> bool:
+        """Whether calls with these options go through the cache; what stands against it is said."""
+        cached = self.runner is not None and self.runner.cache is not None
+        code = calls.uncached(options) if cached else ""
+        if code:
+            self.notes.say(f"First Block Cache does not skip anything with {code}: its first block does not show what that changes.")
+        return cached and not code
+
     def cache_step(self, shapes: dict[Hashable, Hashable], sigma: float, own: tuple) -> Step | None:
         """What the cache shall do in a step of these conditions; ``own``: the chunks of this rank's forward."""
         if self.decisions is None or self.forecaster is not None:
@@ -356,7 +380,7 @@ class Session:
 
     def record(self, shapes: dict[Hashable, Hashable], sigma: float) -> None:
         """Keep what the cache did in the step that has just run."""
-        if self.decisions is not None and self.runner is not None and self.runner.cache is not None:
+        if shapes and self.decisions is not None and self.runner is not None and self.runner.cache is not None:
             self.decisions.record(shapes, sigma, self.runner.cache.changes, self.runner.cache.hit)
 
 

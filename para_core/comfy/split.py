@@ -23,7 +23,7 @@ from ..plans.plan import Plan, attribute
 from ..sequence.degrees import choose
 from ..sequence.layout import balanced
 from ..sequence.mesh import Degrees
-from . import calls, sidecars
+from . import calls, patches, sidecars
 from .calls import ModelCall
 from .model import Unshareable
 
@@ -48,7 +48,7 @@ class Split:
         self.kernels: dict[str, dict[str, float]] = {}
         """Times of attention kernels that the next step tells the other ranks."""
         self._heads = attribute(session.model, plan.heads) if plan.stacks else 1
-        self._degrees: dict[tuple[int, int | None], Degrees] = {}
+        self._degrees: dict[tuple[int, int | None, bool], Degrees] = {}
         self._memory_required = None
 
     # -- joining ------------------------------------------------------------------------------------------------------
@@ -70,11 +70,12 @@ class Split:
                 kernels=session.chooser.timings.table if session.chooser is not None else {},
                 cached=session.runner is not None and session.runner.cache is not None,
                 compiled=session.runner is not None and session.runner.compiled is not None,
+                foreign=bool(session.foreign),
             )
             self.active = True
         except (GroupError, RankLost, Unshareable, Untransportable) as error:
             session.notes.say(f"This run stays on one GPU, because {error}.")
-        if self.active and self.degrees(2).batch > 1:
+        if self.active and self.degrees(2, options=session.options["transformer_options"]).batch > 1:
             # each rank holds a part of the batch only, so more of it fits than ComfyUI thinks
             model, ranks = session.patcher.model, self.group.size
             whole = model.memory_required
@@ -89,10 +90,13 @@ class Split:
             return "This run is not split: CPU processes share one processor."
         if not self.plan.stacks:
             return ""
+        if self.session.foreign:
+            return f"This run is not split: the first GPU would compute attention for all, by {self.session.foreign}."
+        options = self.session.options["transformer_options"]
         rows = shape[0] * (1 if math.isclose(self.session.cfg, 1.0) else 2)
         tokens = image_tokens(self.plan, model, shape[2:])
         rate = gain.matrix_rate(device, self.session.patcher.model.get_dtype_inference())
-        times = gain.gain(gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens), rate, self.group.link())
+        times = gain.gain(gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens, options=options), rate, self.group.link())
         if times > gain.WORTH:
             return ""
         return f"This run is not split: on this link between the GPUs a step would take {1 / times:.2g} times as long."
@@ -106,14 +110,25 @@ class Split:
             del self._memory_required.memory_required
             self._memory_required = None
 
-    def degrees(self, rows: int, tokens: int | None = None, say: Callable[[str], None] = lambda _sentence: None) -> Degrees:
-        """Degrees for a step of ``rows`` batch rows, its shortest segment of ``tokens``; ``say`` hears what had to be changed."""
-        if (rows, tokens) not in self._degrees:
+    def degrees(
+        self, rows: int, tokens: int | None = None, say: Callable[[str], None] = lambda _sentence: None, *, options: dict[str, Any]
+    ) -> Degrees:
+        """Degrees for a step of ``rows`` batch rows, its shortest segment of ``tokens``; ``say`` hears what had to be changed.
+
+        Code of other nodes in ``options`` runs on the first rank and may look at the whole batch, which is not split then.
+        """
+        assert self.session.runner is not None
+        code = calls.first_patch(options) or self.session.foreign
+        key = (rows, tokens, bool(code))
+        if key not in self._degrees:
             asked = self.session.parallel
-            assert asked is not None and self.session.runner is not None
-            self._degrees[rows, tokens], note = choose(
+            assert asked is not None
+            if code and asked.batch_degree > 1:
+                say(f"The batch is not split, because {code} may look at all of it.")
+                asked = replace(asked, batch_degree=1, ring_degree=0, ulysses_degree=0)
+            self._degrees[key], note = choose(
                 self.group.size,
-                batch=asked.batch_degree or (0 if self.plan.stacks else min(rows, self.group.size)),
+                batch=1 if code else asked.batch_degree or (0 if self.plan.stacks else min(rows, self.group.size)),
                 ring=asked.ring_degree if self.plan.stacks else 1,
                 ulysses=asked.ulysses_degree if self.plan.stacks else 1,
                 rows=rows,
@@ -122,14 +137,15 @@ class Split:
                 log_sum_exp=self.session.runner.override.chooser.has_lse,
             )
             say(note)
-        return self._degrees[rows, tokens]
+        return self._degrees[key]
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def conditions(self, executor, model, conds, x_in, timestep, model_options):
         """CALC_COND_BATCH wrapper: conditions that ComfyUI would run one after the other get lanes."""
+        options = model_options.get("transformer_options", {})
         lanes = separate(conds, x_in, timestep) if self.active else []
-        if len(lanes) < 2 or self.degrees(len(lanes)).batch < 2:
+        if len(lanes) < 2 or self.degrees(len(lanes), options=options).batch < 2:
             return executor(model, conds, x_in, timestep, model_options)
         functions = [
             lambda own=own: executor(
@@ -137,7 +153,7 @@ class Split:
             )
             for own in lanes
         ]
-        results = self.session.lanes.run(functions, self.session.step, self.degrees(len(lanes)).batch)
+        results = self.session.lanes.run(functions, self.session.step, self.degrees(len(lanes), options=options).batch)
         merged = list(results[0])
         for own, result in zip(lanes, results, strict=True):
             for index in own:
@@ -150,32 +166,44 @@ class Split:
         Raises RankLost if it broke down, Obstacle or Untransportable if the calls hold what only this process has.
         """
         session, group = self.session, self.group
+        options = model_calls[0].options  # lanes have no code in theirs
         for call in model_calls:
-            code = calls.obstacle(call.options)
-            if code:
-                raise Obstacle(f"{code} exists in ComfyUI's own process only")
+            if reason := calls.refusal(call.options):
+                raise Obstacle(reason)
+        code = calls.first_patch(options)
+        if code:
+            session.notes.say(f"Tokens are brought to the first GPU at every call of {code}, which runs there: that takes time.")
         rows = len(model_calls) if len(model_calls) > 1 else separable(self.plan, model_calls[0])
         tokens = min(shortest(self.plan, session.model, call) for call in model_calls) if self.plan.stacks else None
-        degrees = self.degrees(rows, tokens, session.notes.say)
+        degrees = self.degrees(rows, tokens, session.notes.say, options=options)
         shares = share(model_calls, degrees.batch)
         degrees = replace(degrees, batch=len(shares))
         steps, shapes = self._cache_steps(model_calls, shares, degrees)
-        graph = session.graph()
+        graph, whole = session.graph(options), patches.mixes(options)
         parts = [model_calls[index].part(start, stop, calls.travelling(model_calls[index].options)) for index, start, stop in shares]
         parts = [calls.without(part, session.names, self.plan.rebuilt) for part in parts]
         order = {
             "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
             "shares": [
-                {"part": part, "cache": step_data(step), "graph": graph, "kernels": self.kernels}
+                {
+                    "part": part,
+                    "cache": step_data(step),
+                    "graph": graph,
+                    "kernels": self.kernels,
+                    "patches": patches.marks(options),
+                    "whole": whole,
+                }
                 for part, step in zip(parts, steps, strict=True)
             ],
         }
         self.kernels = {}
         index, start, stop = shares[0]
-        args, kwargs = model_calls[index].part(start, stop, model_calls[index].options)
         assert session.runner is not None
+        args, kwargs = model_calls[index].part(start, stop, patches.Together(session.runner.hooks).lead(model_calls[index].options))
         with uninterrupted(), group.step(order) as (mesh, comm):
-            first = session.runner.run(session.original, session.names, args, kwargs, mesh=mesh, step=steps[0], comm=comm, graph=graph)
+            first = session.runner.run(
+                session.original, session.names, args, kwargs, mesh=mesh, step=steps[0], comm=comm, graph=graph, whole=whole
+            )
             results = [first]
             for replica, (index, start, stop) in enumerate(shares[1:], start=1):
                 results.append(self._collect(replica * degrees.sequence, first, model_calls[index].latents, stop - start))
@@ -202,6 +230,8 @@ class Split:
         self, model_calls: list[ModelCall], shares: list[Share], degrees: Degrees
     ) -> tuple[list[Step | None], dict[Hashable, Hashable]]:
         """Each replica's cache step, and the shape by condition: it names who computes which of its rows."""
+        if not self.session.follows(model_calls[0].options):
+            return [None] * len(shares), {}
         offsets = [sum(call.chunks for call in model_calls[:index]) for index in range(len(model_calls))]
         owned = []
         for index, start, stop in shares:

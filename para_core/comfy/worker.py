@@ -21,6 +21,7 @@ from ..plans import plan_for
 from ..sequence.hooks import Arguments
 from ..sequence.mesh import Comm, Mesh
 from . import calls, files, model
+from .patches import Together
 
 
 class ComfyHost:
@@ -68,7 +69,16 @@ class Run:
         self.names = calls.names(diffusion_model)
         self.function = getattr(diffusion_model, calls.entry(diffusion_model))
         chooser = Chooser(run["attention"], timings=Timings(table=run["kernels"]))
-        self.runner = Runner(plan, diffusion_model, chooser, cached=run["cached"], compiled=run["compiled"], stock=optimized_attention)
+        self.runner = Runner(
+            plan,
+            diffusion_model,
+            chooser,
+            cached=run["cached"],
+            compiled=run["compiled"],
+            stock=optimized_attention,
+            foreign=run["foreign"],
+        )
+        self.patches = Together(self.runner.hooks)
 
     @torch.inference_mode()
     def forward(self, share: dict[str, Any], mesh: Mesh, comm: Comm) -> torch.Tensor | None:
@@ -78,11 +88,20 @@ class Run:
         args, kwargs = share["part"]
         cache = share["cache"]
         arguments = Arguments(self.names, args, kwargs)
-        arguments.put("transformer_options", {**arguments.get("transformer_options"), calls.OVERRIDE: self.runner.override})
+        options = self.patches.follow(arguments.get("transformer_options"), share["patches"])
+        arguments.put("transformer_options", {**options, calls.OVERRIDE: self.runner.override})
         step = None if cache is None else Step(**{**cache, "chunks": tuple(Chunk(*chunk) for chunk in cache["chunks"])})
         args = tuple(arguments.args)
         result = self.runner.run(
-            self.function, self.names, args, arguments.kwargs, mesh=mesh, step=step, comm=comm, graph=share["graph"]
+            self.function,
+            self.names,
+            args,
+            arguments.kwargs,
+            mesh=mesh,
+            step=step,
+            comm=comm,
+            graph=share["graph"],
+            whole=share["whole"],
         )
         return None if result is None else torch.cat([tensor.reshape(-1) for tensor in calls.tensors(result)])
 

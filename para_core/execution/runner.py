@@ -10,6 +10,7 @@ import torch
 from ..attention.call import Call
 from ..attention.choice import Chooser
 from ..attention.exchange import Exchange, attend_call
+from ..attention.foreign import attend_on_first
 from ..attention.traffic import Traffic
 from ..cache.first_block import FirstBlockCache, Step
 from ..plans.plan import Plan
@@ -27,15 +28,19 @@ class AttentionOverride:
     """``optimized_attention_override`` of one sampling run: the chosen local kernel, exchanged where tokens are cut.
 
     ``stock``: the function that computes attention where no other is chosen; only compiled blocks need to be told.
+    ``foreign``: rank 0 keeps another node's override, and computes the attention of shared forwards with it.
     """
 
-    def __init__(self, chooser: Chooser, hooks: Hooks | None, stock: Callable | None = None):
-        self.chooser, self.hooks, self.stock = chooser, hooks, stock
+    def __init__(self, chooser: Chooser, hooks: Hooks | None, stock: Callable | None = None, *, foreign: bool = False):
+        self.chooser, self.hooks, self.stock, self.foreign = chooser, hooks, stock, foreign
         self.traffic = Traffic()
         self._exchanges: dict[tuple[int, Joint, Joint], Exchange] = {}
 
     def __call__(self, func: Callable, *args, **kwargs) -> torch.Tensor:
         forward = self.hooks.forward if self.hooks is not None else None
+        if self.foreign and forward is not None and forward.mesh.sequence.size > 1 and not forward.over:
+            assert self.hooks is not None
+            return attend_on_first(Call.parse(func, args, kwargs), forward, self.hooks.plan.streams[0], self.chooser.previous)
         exchange = None
         pair = forward.pair() if forward is not None and forward.mesh.sequence.size > 1 else None
         if pair is not None:
@@ -89,10 +94,18 @@ class Runner:
     """
 
     def __init__(
-        self, plan: Plan, model: torch.nn.Module, chooser: Chooser, *, cached: bool, compiled: bool = False, stock: Callable | None = None
+        self,
+        plan: Plan,
+        model: torch.nn.Module,
+        chooser: Chooser,
+        *,
+        cached: bool,
+        compiled: bool = False,
+        stock: Callable | None = None,
+        foreign: bool = False,
     ):
-        self.hooks = Hooks(plan, model)
-        self.override = AttentionOverride(chooser, self.hooks, stock)
+        self.hooks = Hooks(plan, model, crossing=foreign)
+        self.override = AttentionOverride(chooser, self.hooks, stock, foreign=foreign)
         self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE, chooser.say) if compiled else None
         self.cache = FirstBlockCache(self.hooks) if cached else None
         self.graphs = Graphs(chooser.say)
@@ -151,9 +164,9 @@ class Runner:
             state = self.hooks.forward = Forward(mesh, plan.segments if whole else plan.whole)
             try:
                 result = call(*args, **kwargs)
-                if state.sharded and mesh.sequence.size > 1:
+                if state.sharded and mesh.sequence.size > 1 and not state.whole >= plan.segments:
                     raise TokenError(f"the last block of {plan.family} did not run: its tokens were not gathered")
-                return result
+                return None if mesh.sequence.rank else result
             except StackDone:
                 return None
             finally:

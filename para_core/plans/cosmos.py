@@ -19,6 +19,7 @@ PREDICT2 = Plan(
             joint=("rows",),
             tables={"rope_emb_L_1_1_D": (("rows",), 1), "extra_per_block_pos_emb": (("rows",), 2)},
             exchange=("self_attn",),
+            crosses=("cross_attn",),
             dim=2,
         ),
     ),

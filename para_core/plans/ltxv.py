@@ -16,6 +16,7 @@ PLAN = Plan(
             tables={"pe": (("img",), 1), "timestep": (("img",), 1)},
             rules={"self_attention_mask": guide_mask},
             exchange=("attn1",),
+            crosses=("attn2",),
         ),
     ),
     streams=("img",),

@@ -38,6 +38,7 @@ class Blocks:
     rules: block argument -> rule(cut, value) for what needs more than a row cut.
     exchange: names of the submodules whose attention sees all tokens; None: every attention call of the block. A mapping
         gives each submodule the segments of its queries and of its keys.
+    crosses: names of all other submodules that attend, where their queries are the block's tokens and their keys are whole.
     dim: which dim of token tensors counts rows. batch: which one counts images, None without such a dim. All other dims
         but the last are a grid that is attended to as well: of (B, T, H, W, C) with dim=2 each rank keeps rows of H.
     units: segment -> unit(get, length), the number of rows that stay together, from the block's arguments.
@@ -52,6 +53,7 @@ class Blocks:
     tables: Mapping[str, tuple[Segments, int]] = field(default_factory=dict)
     rules: Mapping[str, Rule] = field(default_factory=dict)
     exchange: tuple[str, ...] | Mapping[str, tuple[Segments, Segments]] | None = None
+    crosses: tuple[str, ...] = ()
     dim: int = 1
     batch: int | None = 0
     units: Mapping[str, Unit] = field(default_factory=dict)
@@ -129,6 +131,11 @@ class Plan:
         return frozenset(name for spec in self.stacks for name in spec.segments)
 
     @cached_property
+    def gatherable(self) -> bool:
+        """Whether every attention call inside its blocks can be brought together on one rank."""
+        return all(spec.exchange is None or spec.crosses for spec in self.stacks)
+
+    @cached_property
     def whole(self) -> frozenset[str]:
         """Segments that are whole between blocks."""
         return self.segments if self.borders == "whole" else frozenset(self.regather)
@@ -170,7 +177,7 @@ def check(plan: Plan, model) -> list[tuple[Blocks, list]]:
             missing = {*spec.tokens, *spec.tables, *spec.rules} - set(parameters(spec, block))
             if missing and inspect.Parameter.VAR_KEYWORD not in kinds:
                 raise changed(plan, f"{type(block).__name__}.forward takes no {', '.join(sorted(missing))}")
-            for name in spec.exchange or ():
+            for name in (*(spec.exchange or ()), *spec.crosses):
                 try:
                     attribute(block, name)
                 except AttributeError:

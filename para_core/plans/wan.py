@@ -14,6 +14,7 @@ BLOCKS = Blocks(
     tables={"freqs": (IMG, 1)},
     rules={"e": frames("img")},
     exchange=("self_attn",),
+    crosses=("cross_attn",),
 )
 PLAN = Plan(
     family="Wan",
@@ -46,7 +47,7 @@ HUMO = replace(
     family="Wan HuMo",
     special="audio belongs to a frame, inside the blocks: shards end where frames do",
     models=("ldm.wan.model.HumoWanModel",),
-    stacks=(replace(BLOCKS, rules=RULES, units={"img": whole_frames("audio", 16)}),),
+    stacks=(replace(BLOCKS, rules=RULES, units={"img": whole_frames("audio", 16)}, crosses=()),),
     fewest=lambda _model, latents, get: 0 if get("audio_embed") is None else latents[0].shape[2],  # frames
 )
 # between the blocks of these, adapters work on all tokens, frame by frame

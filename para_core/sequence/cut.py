@@ -110,6 +110,12 @@ class Cut:
             self._remembered[key] = (source, make())
         return self._remembered[key][1]
 
+    def source(self, value):
+        """What a table of ``table`` was cut from; ``value`` itself where it is none."""
+        if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+            return type(value)(self.source(item) for item in value)
+        return next((source for source, made in self._remembered.values() if made is value), value)
+
     def part(self, tensor: torch.Tensor, segments: Segments, name: str, dim: int = 1) -> torch.Tensor:
         """The rows of one segment in a local tensor that holds ``segments``: a view."""
         before = 0

@@ -3,18 +3,20 @@
 Stock code runs whole up to the first block, so that it computes modulation ranges, masks and offsets from whole
 lengths; between the blocks it sees local rows and never notices (but for the segments that its plan makes whole after
 every block); after the last block the plan's ``streams`` are whole again on the first rank, and the other ranks stop
-there (``StackDone``): their result is not used.
+there (``StackDone``): their result is not used. Where all tokens are made whole after every block, the last is no
+different, so that any block may be left out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ..plans.plan import Blocks, Plan, PlanError, attribute, check, parameters
+from ..plans.plan import Blocks, Plan, PlanError, Segments, attribute, check, parameters
 from .cut import Cut, TokenError, gather, gather_all
 from .layout import Joint
 from .mesh import Mesh
@@ -31,22 +33,29 @@ class Forward:
 
     sharded: tokens are cut and have not been gathered for good. whole: segments that are whole all the same, between two
     blocks. attending: layouts of queries and keys of the exchanged attention calls, in turn, while such calls may happen,
-    else None. block: those of the running block, whether or not such a call is happening. skipping: blocks hand on what
-    they are given.
+    else None. block: those of the running block, whether or not such a call is happening. inside: the block list of the
+    running block, None between blocks. crossing: segments of the queries while a submodule runs that attends to what every
+    rank has whole. sources: what the running block's tokens were cut from, where all are made whole after it.
+    skipping: blocks hand on what they are given. over: only the first rank goes on.
     """
 
     def __init__(self, mesh: Mesh, regather: frozenset[str] = frozenset()):
         self.mesh, self.regather = mesh, regather
         self.cut = Cut(mesh.sequence.rank, mesh.sequence.size, mesh.speeds, regathered=regather)
         self.sharded = False
-        self.skipping = False
+        self.skipping = self.over = False
+        self.inside: Blocks | None = None
+        self.crossing: Segments = ()
         self.whole: frozenset[str] = frozenset()
+        self.sources: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.attending: Pairs | None = None
         self.block: Pairs = ()
+        self._joints: tuple[tuple[Segments, Segments], ...] = ()
         self._call = 0
 
-    def enter(self, pairs: Pairs) -> None:
-        self.attending, self._call = pairs, 0
+    def enter(self, pairs: Pairs, joints: tuple[tuple[Segments, Segments], ...]) -> None:
+        """Attention calls of these layouts follow; ``joints``: the segments in each."""
+        self.attending, self._joints, self._call = pairs, joints, 0
 
     def pair(self) -> tuple[Joint, Joint] | None:
         """Layouts of the attention call that is being made, None where it stays on this rank."""
@@ -54,6 +63,10 @@ class Forward:
             return None
         self._call += 1
         return self.attending[(self._call - 1) % len(self.attending)]
+
+    def joint(self) -> tuple[Segments, Segments]:
+        """Segments of the queries and of the keys of the call that ``pair`` has just given."""
+        return self._joints[(self._call - 1) % len(self._joints)]
 
 
 class Arguments:
@@ -92,10 +105,11 @@ class Hooks:
     """Hooks of one plan on one model; idle unless ``forward`` is set. ``remove()`` leaves the model as it was.
 
     stacks: the block lists that the tokens go through, in order; sides: lists that run between their blocks.
+    crossing: say of attention to what every rank has whole where it happens (``Forward.crossing``).
     Raises PlanError when the model does not look as the plan expects.
     """
 
-    def __init__(self, plan: Plan, model: torch.nn.Module):
+    def __init__(self, plan: Plan, model: torch.nn.Module, *, crossing: bool = False):
         self.plan = plan
         self.forward: Forward | None = None
         found = check(plan, model)
@@ -114,6 +128,10 @@ class Hooks:
                     module = attribute(block, name)
                     self._submodules.append(module.register_forward_pre_hook(self._enter(spec, name)))
                     self._submodules.append(module.register_forward_hook(self._leave))
+                for name in spec.crosses if crossing else ():
+                    module = attribute(block, name)
+                    self._handles.append(module.register_forward_pre_hook(self._cross(spec.joints[0][0])))
+                    self._handles.append(module.register_forward_hook(self._cross(())))
         if plan.final:
             self._handles.append(attribute(model, plan.final).register_forward_pre_hook(self._before_final))
 
@@ -161,9 +179,9 @@ class Hooks:
                 value = block.get(name)
                 if value is not None:
                     block.put(name, rule(cut, value))
-            forward.block = cut.pairs(joints)
+            forward.block, forward.inside = cut.pairs(joints), spec
             if everything:
-                forward.enter(forward.block)
+                forward.enter(forward.block, joints)
             return tuple(block.args), block.kwargs
 
         return before
@@ -172,9 +190,11 @@ class Hooks:
         """Read the whole length of every segment off the first block's token arguments."""
         cut = forward.cut
         for name, _, segments, tensor in tokens(spec, block):
-            if len(segments) != 1:
+            if len(segments) != 1 and not forward.regather >= self.plan.segments:
                 raise TokenError(f"the first block's {name} must hold one segment, not {segments}")
-            (segment,) = segments
+            *others, segment = segments
+            for other in others:  # blocks before it were left out: what they would have held apart is cut as one
+                cut.measure(other, 0)
             length = tensor.shape[spec.dim]
             unit = spec.units[segment](block.get, length) if segment in spec.units else 1
             sides = [1 if dim in (spec.batch, spec.dim) else side for dim, side in enumerate(tensor.shape[:-1])]
@@ -187,6 +207,7 @@ class Hooks:
     def _cut(self, forward: Forward, spec: Blocks, block: Arguments) -> None:
         """Keep this rank's rows of what is whole. Stock blocks write into their inputs: a shard is no view of them."""
         cut = forward.cut
+        forward.sources.clear()
         for name, index, segments, tensor in tokens(spec, block):
             whole = forward.whole
             if spec.side:
@@ -195,6 +216,8 @@ class Hooks:
                 expect(cut, name, segments, tensor, spec.dim)
                 continue
             local = cut.local(tensor, segments, spec.dim, whole).clone(memory_format=torch.contiguous_format)
+            if forward.regather >= self.plan.segments:
+                forward.sources[id(local)] = (local, tensor)
             if index is None:
                 block.put(name, local)
             else:
@@ -208,10 +231,11 @@ class Hooks:
             forward = self.forward
             if forward is None:
                 return None
-            forward.attending = None
-            if last:
+            forward.attending = forward.inside = None
+            mixed = forward.regather >= self.plan.segments  # what comes after a block may look at all tokens
+            if last and not (mixed and forward.cut.ranks > 1):
                 return self._finish(forward, spec, output)
-            if forward.cut.ranks == 1 or (forward.skipping and not first):
+            if forward.cut.ranks == 1 or (forward.skipping and not first and not last):
                 return None
             if not spec.side:
                 forward.whole = forward.regather
@@ -224,11 +248,10 @@ class Hooks:
         if forward.cut.ranks == 1:
             forward.sharded = False
             return None
-        mixed = forward.regather >= self.plan.segments  # what comes after the last block may look at all tokens
-        if self.plan.final and not mixed:
+        if self.plan.final:
             return None
-        forward.sharded = False
-        output = self._join(forward, spec, output, self.plan.segments if mixed else frozenset(self.plan.streams), gather)
+        forward.sharded, forward.over = False, True
+        output = self._join(forward, spec, output, frozenset(self.plan.streams), gather)
         if forward.cut.rank:
             raise StackDone
         return output
@@ -245,15 +268,20 @@ class Hooks:
                 gathering(piece, cut.rows[name], comm, spec.dim) if name in wanted else piece
                 for name, piece in zip(segments, pieces, strict=True)
             ]
-            if all(piece is not None for piece in pieces):
-                outputs[index] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=spec.dim)
+            if any(piece is None for piece in pieces):
+                continue
+            joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=spec.dim)
+            local, source = forward.sources.get(id(outputs[index]), (None, None))
+            if source is not None and local is outputs[index]:
+                joined = source.copy_(joined)  # the block has written into its input, which code between blocks may have kept
+            outputs[index] = joined
         return outputs[0] if isinstance(output, torch.Tensor) else type(output)(outputs)
 
     def _before_final(self, _module, args):
         forward = self.forward
-        if forward is None or not forward.sharded:
+        if forward is None or not forward.sharded or forward.whole.issuperset(self.plan.streams):
             return None
-        forward.sharded = False
+        forward.sharded, forward.over = False, True
         (stream,) = self.plan.streams
         whole = gather(args[0], forward.cut.rows[stream], forward.mesh.sequence)
         if whole is None:
@@ -265,9 +293,25 @@ class Hooks:
 
         def enter(_module, _args):
             if self.forward is not None and self.forward.sharded and self.forward.cut.ranks > 1:
-                self.forward.enter(self.forward.cut.pairs(joints))
+                self.forward.enter(self.forward.cut.pairs(joints), joints)
 
         return enter
+
+    def _cross(self, segments: Segments) -> Callable:
+        def cross(*_):
+            if self.forward is not None:
+                self.forward.crossing = segments
+
+        return cross
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While code runs that only this rank has: whatever it calls is not shared."""
+        forward, self.forward = self.forward, None
+        try:
+            yield
+        finally:
+            self.forward = forward
 
     def _leave(self, _module, _args, _output) -> None:
         if self.forward is not None:

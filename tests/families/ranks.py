@@ -82,23 +82,30 @@ def shared(
 
     batch: replicas, each with some of the batch rows. speeds: of the ranks of a replica, for uneven shares. thresholds: of
     the First Block Cache, one a step (None: no cache). exchanged=False leaves the exchange out; whole makes tokens whole
-    between blocks; options: more transformer options; previous: the attention override of another pack; around: what
-    stands in front of the runner's override, made from it and the replica's batch rows. One rank runs on ``model`` itself.
+    between blocks. options: more transformer options, of code in them a replica's first rank has all, and the others what
+    would travel; previous: the attention override of another pack, of which the same is true; around: what in front of the runner's override, made from it and the replica's batch rows. One rank runs on ``model`` itself.
     """
-    from para_core.comfy import calls, lanes
+    from para_core.comfy import calls, lanes, patches
 
     size = ring * ulysses
     world = batch * size
     copies = [copy.deepcopy(model) for _ in range(world)] if world > 1 else [model]
     meshes = [mesh for _ in range(batch) for mesh in fake_meshes(ring, ulysses)] if world > 1 else [SOLO_MESH]
     everyone = fake_comms(world) if batch > 1 else [mesh.sequence for mesh in meshes]
+    options = options or {}
+    previous = previous or options.get(OVERRIDE)
+    whole = whole or patches.mixes(options)
 
     def work(rank: int) -> tuple[list[Any], list[bool]]:
         mine = copies[rank]
         mesh = replace_fields(meshes[rank], speeds=tuple(speeds[:size]) if speeds and size > 1 else None)
         plan = plan_for(mine)
         assert plan is not None
-        runner = Runner(plan, mine, Chooser(None, previous), cached=thresholds is not None)
+        first = rank % size == 0
+        foreign = previous is not None and plan.gatherable and size > 1
+        chooser = Chooser(None, previous if first or not foreign else None)
+        runner = Runner(plan, mine, chooser, cached=thresholds is not None, foreign=foreign)
+        together = patches.Together(runner.hooks)
         entry, names = getattr(mine, calls.entry(mine)), calls.names(mine)
         step: Step | None = None
 
@@ -121,7 +128,9 @@ def shared(
                 override = {OVERRIDE: around(runner, start, stop) if around else runner.override} if exchanged else {}
                 rest = copy.deepcopy(call)
                 stock_call = calls.ModelCall(lanes.Call((rest.pop("x"), rest.pop("timestep")), rest), names)
-                args, kwargs = stock_call.part(start, stop, {**copy.deepcopy(options or {}), **override})
+                given = copy.deepcopy(options)
+                own = together.lead(given) if first else together.follow(calls.travelling(given), patches.marks(given))
+                args, kwargs = stock_call.part(start, stop, {**own, **override})
                 try:
                     results.append(mine(*args, **kwargs))
                 except NoResult:
