@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..execution.runner import OVERRIDE
 from ..sequence.hooks import Arguments
@@ -172,6 +175,29 @@ def uncached(options: dict[str, Any]) -> str:
         if module(function) in REFUSED or name not in BEFORE and module(function) not in CACHED:
             return title(function)
     return ""
+
+
+def compiled_elsewhere(options: dict[str, Any]) -> bool:
+    """Whether ComfyUI's own torch.compile wrapper (Torch Compile Model and its like) is on the model."""
+    return COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+
+
+@contextmanager
+def uncompiled(model: torch.nn.Module) -> Iterator[None]:
+    """While this pack's hooks are at work: blocks that torch.compile wraps are the blocks themselves."""
+    wrapped = [
+        (parent, name, child)
+        for parent in list(model.modules())
+        for name, child in parent.named_children()
+        if isinstance(getattr(child, "_orig_mod", None), torch.nn.Module)
+    ]
+    for parent, name, child in wrapped:
+        setattr(parent, name, child._orig_mod)
+    try:
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            setattr(parent, name, child)
 
 
 def module(function: Any) -> str:

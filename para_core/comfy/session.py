@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,14 @@ class Session:
         if self.runner is not None or self.attention is not None:
             options[calls.OVERRIDE] = self.runner.override if self.runner is not None else AttentionOverride(chooser, None)
         # also where nothing else is ours: then the forwards are only timed
+        forward: Callable = self.forward
+        if calls.compiled_elsewhere(options):
+            if self.runner is None and self.attention is None:
+                return
+            self.notes.say("What Torch Compile Model compiles runs uncompiled here; the node Compile Blocks does it with this pack.")
+            forward = torch.compiler.disable(self.forward_uncompiled)
         self.original = getattr(self.model, calls.entry(self.model))
-        self._undo.append(replace(self.model, calls.entry(self.model), self.forward))
+        self._undo.append(replace(self.model, calls.entry(self.model), forward))
 
     @property
     def used(self) -> bool:
@@ -268,6 +274,11 @@ class Session:
         call = Call(args, kwargs)
         lane = self.lanes.current()
         return lane.ask(call) if lane is not None else self.step([call])[0]
+
+    def forward_uncompiled(self, *args, **kwargs):
+        """The same where another node compiles the model or its blocks: hooks and collectives cannot be traced."""
+        with calls.uncompiled(self.model):
+            return self.forward(*args, **kwargs)
 
     def step(self, together: list[Call]) -> list[Any]:
         """Results of model calls that stock code makes one after the other and that may be computed at once."""

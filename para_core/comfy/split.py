@@ -13,6 +13,7 @@ import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.patcher_extension import WrappersMP
 
 from ..cache.first_block import Step, chunks
 from ..execution import gain
@@ -142,9 +143,14 @@ class Split:
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def conditions(self, executor, model, conds, x_in, timestep, model_options):
-        """CALC_COND_BATCH wrapper: conditions that ComfyUI would run one after the other get lanes."""
+        """CALC_COND_BATCH wrapper: conditions that ComfyUI would run one after the other get lanes.
+
+        Not under other nodes' wrappers of a model call: one that replaces something for the time of the call would be
+        entered twice before it is left, and put back the wrong thing.
+        """
         options = model_options.get("transformer_options", {})
-        lanes = separate(conds, x_in, timestep) if self.active else []
+        wrapped = any(options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).values())
+        lanes = separate(conds, x_in, timestep) if self.active and not wrapped else []
         if len(lanes) < 2 or self.degrees(len(lanes), options=options).batch < 2:
             return executor(model, conds, x_in, timestep, model_options)
         functions = [
