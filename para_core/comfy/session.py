@@ -134,9 +134,9 @@ class Session:
     def _obstacle(self, options: dict[str, Any], previous) -> str:
         """Why this run cannot be split, whatever the model; "" if it can."""
         if self.patcher.get_additional_models_with_key("multigpu"):
-            return "ComfyUI's own MultiGPU nodes already spread this model"
+            return "ComfyUI's MultiGPU CFG Split already spreads this model: use one or the other"
         if self.patcher.hook_patches:
-            return "conditioning hooks change the model's weights while it samples"
+            return "conditioning hooks (a LoRA as a hook) change the model's weights while it samples"
         plan = plan_for(self.model)
         if previous is not None and plan is not None and not plan.gatherable:
             return f"attention of {plan.family} cannot be gathered for the override {calls.title(previous)} of another node"

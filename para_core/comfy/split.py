@@ -97,7 +97,9 @@ class Split:
         rows = shape[0] * (1 if math.isclose(self.session.cfg, 1.0) else 2)
         tokens = image_tokens(self.plan, model, shape[2:])
         rate = gain.matrix_rate(device, self.session.patcher.model.get_dtype_inference())
-        times = gain.gain(gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens, options=options), rate, self.group.link())
+        times = gain.gain(
+            gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens, options=options), rate, self.group.link()
+        )
         if times > gain.WORTH:
             return ""
         return f"This run is not split: on this link between the GPUs a step would take {1 / times:.2g} times as long."
