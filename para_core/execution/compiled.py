@@ -115,13 +115,17 @@ class CompiledBlocks:
             original = type(module).forward
 
             def forward(*args, _module=module, _original=original, **kwargs):
-                return _original(_module, *args, **{**kwargs, "transformer_options": exchanged})
+                given = kwargs.get("transformer_options") or {}
+                own = {**given, **exchanged} if patched(given) else exchanged
+                return _original(_module, *args, **{**kwargs, "transformer_options": own})
 
             self._undo.append(replace(module, "forward", forward))
 
     def _wrap(self, block: torch.nn.Module, compiled: Callable, options: dict[str, Any]) -> Callable:
         def forward(*args, **kwargs):
             given = kwargs.get("transformer_options") or {}
+            if patched(given):
+                return type(block).forward(block, *args, **{**kwargs, "transformer_options": {**given, **options}})
             kwargs["transformer_options"] = {**options, **{name: given[name] for name in self._kept if name in given}}
             if self.failure is None:
                 # one memory layout for all blocks: the first block's tokens may be a transposed view
@@ -141,6 +145,11 @@ class CompiledBlocks:
     def remove(self) -> None:
         while self._undo:
             self._undo.pop()()
+
+
+def patched(options: dict[str, Any]) -> bool:
+    """Whether code of other nodes runs inside the block: nodes may add it in the middle of a run."""
+    return bool(options.get("patches"))
 
 
 def dense(value: Any) -> Any:

@@ -10,6 +10,12 @@ from families.ranks import error, shared, stock
 from families.tiny.common import Tiny
 from families.tiny.wan import wan, wan_call
 
+from para_core.attention.choice import Chooser
+from para_core.execution.compiled import CompiledBlocks
+from para_core.execution.runner import OVERRIDE, AttentionOverride
+from para_core.plans import PLANS, plan_for
+from para_core.sequence.hooks import Hooks
+
 from .rows import FORWARDS
 
 pytestmark = pytest.mark.usefixtures("comfy")
@@ -42,3 +48,28 @@ def test_forward_with_foreign_code_equals_stock(name: str, mesh: str) -> None:
     (result,), _ = shared(model, [call], *MESHES[mesh], options=make())
     assert error(result, expected) < TOLERANCE
     assert error(stock(model, call), expected) > 1e-3, "the code changes something"
+
+
+@pytest.mark.parametrize("family, name", [("wan", "attention wan"), ("flux", "attention flux")])
+def test_patches_that_come_in_the_middle_of_a_run_are_not_lost_on_compiled_blocks(family: str, name: str) -> None:
+    from comfy.ldm.modules.attention import optimized_attention
+
+    model, call = CASES[family]()
+    plan = plan_for(model)
+    assert plan is not None
+    expected, plain = stock(model, call, FORWARDS[name][2]()), stock(model, call)
+    hooks = Hooks(plan, model)
+    override = AttentionOverride(Chooser(None), hooks, optimized_attention)
+    compiled = CompiledBlocks(hooks, override, OVERRIDE, print, backend="eager")
+    try:
+        assert error(stock(model, call, {OVERRIDE: override}), plain) < TOLERANCE
+        assert error(stock(model, call, {**FORWARDS[name][2](), OVERRIDE: override}), expected) < TOLERANCE
+        assert compiled.failure is None
+    finally:
+        compiled.remove()
+        hooks.remove()
+
+
+def test_families_whose_attention_cannot_be_gathered_are_known() -> None:
+    families = {plan.family for plan in PLANS if not plan.gatherable}
+    assert families == {"LTX-2", "Cosmos 1", "Wan HuMo"}, "the README's table names them"
