@@ -10,5 +10,5 @@ FEW_STEPS = 8
 PRESETS = {
     "quality": Cache(0.25, rule="forecast"),
     "balanced": Cache(0.5, rule="forecast"),
-    "fast": Cache(1.5, rule="forecast"),
+    "fast": Cache(1.2, rule="forecast"),
 }

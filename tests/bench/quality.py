@@ -32,6 +32,7 @@ LATENT_SPAN = 8.0  # latents of a scaled autoencoder lie within four standard de
 THRESHOLDS: dict[str, tuple[float, ...]] = {
     "fewer steps": (14, 12, 10, 8),
     "forecast": (0.1, 0.25, 0.5, 0.8, 1.5),
+    "forecast from 20 %": (0.25, 0.4, 0.8, 1.2),
     "EasyCache": (0.03, 0.08, 0.15, 0.25),
     "reuse": (0.08, 0.15, 0.2, 0.3),
     "taylor": (0.08, 0.15, 0.2, 0.3),

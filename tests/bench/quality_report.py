@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from quality_metrics import at, mean, worst
 
+from para_core.cache.presets import PRESETS
+
 Column = dict[str, Any]
 BEGIN, END = "<!-- quality: begin, written by bench.py quality -->", "<!-- quality: end -->"
+CFGS = (1.0, 4.0)
+PRESET_NUMBERS = (("saved", mean), ("psnr", mean), ("psnr", worst))
 SAVINGS = (0.25, 0.4, 0.5, 0.6)
 COLOURS = {
     "fewer steps": "#7f7f7f",
     "reuse": "#1f77b4",
     "taylor": "#17becf",
     "forecast": "#2ca02c",
+    "forecast from 20 %": "#8bc34a",
     "EasyCache": "#d62728",
     "LazyCache": "#ff7f0e",
     "TeaCache rule": "#9467bd",
@@ -61,7 +67,7 @@ def draw(columns: Sequence[Column], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharex=True, sharey="row")
-    for place, cfg in enumerate((1.0, 4.0)):
+    for place, cfg in enumerate(CFGS):
         for row, (name, title) in enumerate((("psnr", "PSNR, dB"), ("ssim", "SSIM"))):
             axis = axes[row][place]
             for series, those in main_grid(columns, cfg).items():
@@ -81,7 +87,8 @@ def draw(columns: Sequence[Column], path: Path) -> None:
 
 
 def section(found: dict[str, Any]) -> str:
-    return "\n".join([*facts(found), *tables(found["settings"]), *probe_table(found["settings"])])
+    columns = found["settings"]
+    return "\n".join([*facts(found), *goals(columns), *presets(columns), *tables(columns), *probe_table(columns)])
 
 
 def facts(found: dict[str, Any]) -> Iterator[str]:
@@ -93,13 +100,59 @@ def facts(found: dict[str, Any]) -> Iterator[str]:
     yield "![Quality over saved computation](quality.png)"
 
 
+def goals(columns: Sequence[Column]) -> Iterator[str]:
+    """What rule `forecast` was to reach with half of all blocks skipped, and what it does."""
+    yield ""
+    yield "### Goals of rule `forecast`, with half of all blocks skipped"
+    yield ""
+    yield "| | goal | cfg 1 | cfg 4 |"
+    yield "|---|---|---|---|"
+    grids = [main_grid(columns, cfg) for cfg in CFGS]
+
+    def half(grid: dict[str, list[Column]], series: str, how: Callable = mean) -> float:
+        found = at(0.5, curve(grid[series], "psnr", how)) if series in grid else None
+        return math.nan if found is None else found
+
+    for name, goal, series in (("over EasyCache", 1, "EasyCache"), ("over fewer steps", 3, "fewer steps")):
+        cells = [f"{half(grid, 'forecast') - half(grid, series):+.1f} dB" for grid in grids]
+        yield f"| mean PSNR {name} | at least {goal:+d} dB | {' | '.join(cells)} |"
+    for series in ("forecast", "forecast from 20 %"):
+        cells = [f"{half(grid, series) - half(grid, series, worst):.1f} dB" for grid in grids]
+        yield f"| worst 5 % under the mean, {series} | at most 6 dB | {' | '.join(cells)} |"
+    cells = [f"{nearest(grid):+.1f} dB" for grid in grids]
+    yield f"| over fewer steps, where it is nearest to them | above 0 dB | {' | '.join(cells)} |"
+
+
+def nearest(grid: dict[str, list[Column]]) -> float:
+    """The smallest lead of `forecast` over fewer steps at a saving that both have."""
+    ours, theirs = (curve(grid[series], "psnr", mean) for series in ("forecast", "fewer steps"))
+    leads = [(at(saved, ours), at(saved, theirs)) for saved, _ in ours + theirs]
+    return min(mine - other for mine, other in leads if mine is not None and other is not None)
+
+
+def presets(columns: Sequence[Column]) -> Iterator[str]:
+    """What the presets save and cost here."""
+    yield ""
+    yield "### Presets"
+    yield ""
+    yield "| preset | threshold | skipped, PSNR mean / worst 5 % at cfg 1 | at cfg 4 |"
+    yield "|---|---|---|---|"
+    for name, preset in PRESETS.items():
+        cells = []
+        for cfg in CFGS:
+            those = main_grid(columns, cfg)["forecast"]
+            values = [at(preset.threshold, [(column["value"], how(column[what])) for column in those]) for what, how in PRESET_NUMBERS]
+            cells.append("-" if None in values else f"{values[0]:.0%}, {values[1]:.1f} / {values[2]:.1f}")
+        yield f"| `{name}` | {preset.threshold:g} | {' | '.join(cells)} |"
+
+
 def number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def tables(columns: Sequence[Column]) -> Iterator[str]:
     """Every series at equal saving."""
-    for cfg in (1.0, 4.0):
+    for cfg in CFGS:
         yield ""
         yield f"### cfg {cfg:g}: PSNR in dB (mean / worst 5 %) and SSIM at equal block computation skipped"
         yield ""

@@ -177,6 +177,7 @@ SERIES: dict[str, Callable[[Any, float], Any]] = {
     "reuse": ours(predictor="reuse"),
     "taylor": ours(predictor="taylor"),
     "forecast": ours(rule="forecast"),
+    "forecast from 20 %": ours(rule="forecast", start_percent=0.2),
     "EasyCache": easy,
     "LazyCache": lazy,
 }  # and "TeaCache rule", which needs its polynomial
