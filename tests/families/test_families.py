@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 
 import pytest
@@ -22,7 +23,8 @@ def family(name: str) -> str:
 
 
 MESHES = {"2 ulysses": (1, 2), "2 ring": (2, 1), "3 ulysses": (1, 3), "3 ring": (3, 1), "4 unified": (2, 2)}
-RUNS = [(name, mesh) for name in CASES for mesh in MESHES]
+LITTLE = {"ltx 2 little audio": 2}  # ranks that find a row each; more are never asked, see `Plan.fewest`
+RUNS = [(name, mesh) for name in CASES for mesh, degrees in MESHES.items() if math.prod(degrees) <= LITTLE.get(name, 4)]
 FAMILIES = sorted({family(name) for name in CASES})
 # One run a family and thirty of any, the same every time; `make test-all` does them all.
 SAMPLE = {random.Random(7).choice([run for run in RUNS if family(run[0]) == one]) for one in FAMILIES}

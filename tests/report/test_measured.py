@@ -159,13 +159,13 @@ def test_kernels_are_listed_by_kind_of_call_and_what_was_fallen_back_from_with_i
 
 def test_a_run_that_could_not_be_accelerated_is_reported_with_its_reason(comfy):
     model = load("flux").clone()
-    model.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *args, **kwargs: func(*args, **kwargs)
+    model.injections = {"code of another node": []}
     with at("7"):
         latents = inprocess.sample(inprocess.attached(model, Parallel(2)), Job(steps=2))
     report, text = found(latents)
     check_sums(report)
     assert report["ranks"] == 1 and len(report["timeline"]) == 2, "it is timed all the same"
-    assert "- This run stays on one GPU: the attention override" in text and "Attention: test_measured." in text
+    assert "- This run stays on one GPU, because a node injects code into the model (code of another node)" in text
 
 
 def test_an_interrupted_run_made_no_latents_and_has_no_report(comfy):
