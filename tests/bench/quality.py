@@ -31,13 +31,13 @@ LATENT_SPAN = 8.0  # latents of a scaled autoencoder lie within four standard de
 
 THRESHOLDS: dict[str, tuple[float, ...]] = {
     "fewer steps": (14, 12, 10, 8),
-    "forecast": (0.1, 0.25, 0.5, 0.8, 1.5),
-    "forecast from 20 %": (0.25, 0.4, 0.8, 1.2),
-    "EasyCache": (0.03, 0.08, 0.15, 0.25),
-    "reuse": (0.08, 0.15, 0.2, 0.3),
-    "taylor": (0.08, 0.15, 0.2, 0.3),
-    "TeaCache rule": (0.05, 0.15, 0.35),
-    "LazyCache": (0.03, 0.1, 0.3),
+    "forecast": (0.1, 0.25, 0.5, 0.8, 1.2),
+    "forecast from 20 %": (0.25, 0.5, 0.8, 1.2),
+    "EasyCache": (0.08, 0.15, 0.25),
+    "reuse": (0.08, 0.15, 0.25),
+    "taylor": (0.08, 0.15, 0.25),
+    "TeaCache rule": (0.05, 0.2),
+    "LazyCache": (0.05, 0.15),
 }
 PROBED = {"fewer steps": 10, "forecast": 0.5, "EasyCache": 0.15, "reuse": 0.2, "taylor": 0.2}
 PROBES = [("dpmpp_2m", "simple"), ("heun", "simple"), ("euler_ancestral", "simple"), ("euler", "beta")]

@@ -15,6 +15,7 @@ from para_core.cache.presets import PRESETS
 Column = dict[str, Any]
 BEGIN, END = "<!-- quality: begin, written by bench.py quality -->", "<!-- quality: end -->"
 CFGS = (1.0, 4.0)
+PRESET_SERIES = "forecast from 20 %"
 PRESET_NUMBERS = (("saved", mean), ("psnr", mean), ("psnr", worst))
 SAVINGS = (0.25, 0.4, 0.5, 0.6)
 COLOURS = {
@@ -140,7 +141,7 @@ def presets(columns: Sequence[Column]) -> Iterator[str]:
     for name, preset in PRESETS.items():
         cells = []
         for cfg in CFGS:
-            those = main_grid(columns, cfg)["forecast"]
+            those = main_grid(columns, cfg)[PRESET_SERIES]
             values = [at(preset.threshold, [(column["value"], how(column[what])) for column in those]) for what, how in PRESET_NUMBERS]
             cells.append("-" if None in values else f"{values[0]:.0%}, {values[1]:.1f} / {values[2]:.1f}")
         yield f"| `{name}` | {preset.threshold:g} | {' | '.join(cells)} |"

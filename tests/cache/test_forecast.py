@@ -187,3 +187,13 @@ def test_a_foretold_step_computes_nothing() -> None:
     finally:
         handle.remove()
     assert len(calls) == report["forwards"] - report["cached"] < report["forwards"] == SMALL.steps
+
+
+def test_a_model_without_a_plan_is_foretold_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    from para_core.comfy import session
+
+    settings = Cache(5.0, rule="forecast")
+    expected, report = run(load("flux_small"), SMALL, settings)
+    monkeypatch.setattr(session, "plan_for", lambda _model: None)
+    latent, blind = run(load("flux_small"), SMALL, settings)
+    assert torch.equal(latent, expected) and blind["cached"] == report["cached"] > 0

@@ -42,8 +42,10 @@ def test_a_preset_keeps_the_mean_that_it_stands_for(rows: dict[str, dict[str, fl
     from para_core.cache.presets import PRESETS
 
     columns = json.loads((BENCH / "records/quality.json").read_text())["settings"]
+    assert PRESETS[preset].start_percent == 0.2 and "20 %" in quality_report.PRESET_SERIES
     for cfg in quality_report.CFGS:
-        curve = [(column["value"], mean(column["psnr"])) for column in quality_report.main_grid(columns, cfg)["forecast"]]
+        those = quality_report.main_grid(columns, cfg)
+        curve = [(column["value"], mean(column["psnr"])) for column in those[quality_report.PRESET_SERIES]]
         assert at(PRESETS[preset].threshold, curve) >= floor
 
 
