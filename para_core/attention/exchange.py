@@ -1,15 +1,8 @@
-"""Attention over tokens that several ranks hold: the one operation the rest of the pack calls.
-
-Eager code calls ``attend``; compiled code sees one opaque operation, ``paradit::attention``, whose state (ranks, layouts,
-kernel) stays outside of the graph behind a small integer.
-"""
+"""Attention over tokens that several ranks hold: the one function the rest of the pack calls."""
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
-from itertools import count
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -27,7 +20,7 @@ __all__ = ["Exchange", "NeedsLse", "attend", "attend_call"]
 class Exchange:
     """How one kind of attention call is shared: ranks, who holds which query and key rows, what computes.
 
-    ``kernel`` may be None where every call brings its own (compiled code cannot).
+    ``kernel`` may be None where every call brings its own.
     """
 
     mesh: Mesh
@@ -37,21 +30,6 @@ class Exchange:
     traffic: Traffic = field(default_factory=Traffic)
     index: dict[tuple[Joint, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
     """Rank-major permutations on their device; may be shared between exchanges."""
-
-    handle: int = field(init=False)
-    """The integer that stands for this exchange in compiled code, for as long as it lives: the lowest one free.
-
-    So a later run with as many exchanges gets the same integers, and compiled code need not be compiled again.
-    """
-
-    def __post_init__(self) -> None:
-        with _lock:
-            self.handle = next(number for number in count() if number not in _exchanges)
-            _exchanges[self.handle] = self
-
-
-_lock = threading.Lock()
-_exchanges: WeakValueDictionary[int, Exchange] = WeakValueDictionary()
 
 
 def attend(
@@ -74,10 +52,6 @@ def attend(
     Every rank of ``exchange.mesh.sequence`` must make the same call. Raises ``NeedsLse`` for a ring with a kernel that has no
     log-sum-exp, ``ValueError`` for sizes that do not fit the layout, ``RuntimeError`` where a peer fails.
     """
-    if torch.compiler.is_compiling():
-        if kernel is not None and kernel is not exchange.kernel:
-            raise ValueError("compiled code uses the exchange's own kernel")
-        return torch.ops.paradit.attention(q, k, v, mask, scale, exchange.handle)
     chosen = kernel or exchange.kernel
     if chosen is None:
         raise ValueError("an exchange without a kernel needs one with every call")
@@ -135,23 +109,3 @@ def _check(exchange: Exchange, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         raise ValueError(f"query {tuple(q.shape)}, key {tuple(k.shape)} and value {tuple(v.shape)} do not fit one exchange")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"query, key and value must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-
-
-@torch.library.custom_op(
-    "paradit::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, int handle) -> Tensor"
-)
-def _operation(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, handle: int
-) -> torch.Tensor:
-    exchange = _exchanges.get(handle)
-    if exchange is None or exchange.kernel is None:
-        raise RuntimeError(f"attention exchange {handle} is gone: its sampling run has ended")
-    out = _attend(exchange, exchange.kernel, q, k, v, mask, scale)
-    # The layout promised to the compiler below; no copy after a Ulysses exchange.
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-@_operation.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, handle: int) -> torch.Tensor:
-    batch, heads, rows, dim = q.shape
-    return q.new_empty(batch, rows, heads, dim).transpose(1, 2)

@@ -55,11 +55,11 @@ def number(attend: Attend) -> int:
 
 
 @torch.library.custom_op(
-    "paradit::block_attention",
+    "paradit::attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, int run, bool exchanged, bool low_precision) -> Tensor",
 )
-def block_attention(
+def operation(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -70,11 +70,14 @@ def block_attention(
     low_precision: bool,
 ) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` -> ``(B, H, S, D)``, memory ``(B, S, H, D)``."""
-    out = _runs[run].compute(q, k, v, mask, scale, exchanged=exchanged, low_precision=low_precision)
+    attend = _runs.get(run)
+    if attend is None:
+        raise RuntimeError(f"attention run {run} is gone: its sampling run has ended")
+    out = attend.compute(q, k, v, mask, scale, exchanged=exchanged, low_precision=low_precision)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@block_attention.register_fake
+@operation.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, scale, run: int, exchanged: bool, low_precision: bool) -> torch.Tensor:
     batch, heads, rows, dim = q.shape
     return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
@@ -160,5 +163,5 @@ def override(run: int, exchanged: bool, func: Callable, *args, **kwargs) -> torc
     """The attention override inside compiled blocks."""
     call = Call.parse(func, args, kwargs)
     return call.output(
-        torch.ops.paradit.block_attention(call.q, call.k, call.v, call.mask, call.scale, run, exchanged, call.low_precision)
+        torch.ops.paradit.attention(call.q, call.k, call.v, call.mask, call.scale, run, exchanged, call.low_precision)
     )
