@@ -357,10 +357,10 @@ class Session:
         if not self.follows(call.options):
             return self.runner.run(self.original, self.names, call.call.args, call.call.kwargs, mesh=SOLO_MESH, graph=graph)
         shapes = {key: call.shape() for key in call.keys}
-        step = self.cache_step(shapes, call.sigma, chunks(call.keys, call.rows // call.chunks, 0, call.rows))
+        step = self.cache_step(shapes, call, chunks(call.keys, call.rows // call.chunks, 0, call.rows))
         args, kwargs = call.call.args, call.call.kwargs
         result = self.runner.run(self.original, self.names, args, kwargs, mesh=SOLO_MESH, step=step, graph=graph)
-        self.record(shapes, call.sigma)
+        self.record(shapes, call)
         return result
 
     def plain(self, call: ModelCall) -> Any:
@@ -380,19 +380,19 @@ class Session:
             self.notes.say(f"First Block Cache does not skip anything with {code}: its first block does not show what that changes.")
         return cached and not code
 
-    def cache_step(self, shapes: dict[Hashable, Hashable], sigma: float, own: tuple) -> Step | None:
+    def cache_step(self, shapes: dict[Hashable, Hashable], call: ModelCall, own: tuple) -> Step | None:
         """What the cache shall do in a step of these conditions; ``own``: the chunks of this rank's forward."""
         if self.decisions is None or self.forecaster is not None:
             return None
-        settings = self.decisions.settings
+        settings, sigma = self.decisions.settings, call.sigma
         compare = self.decisions.known(shapes)
         may_hit = compare and self.decisions.may_hit(shapes, sigma)
         return Step(sigma, settings.threshold, own, len(shapes), compare, may_hit, ORDERS[settings.predictor])
 
-    def record(self, shapes: dict[Hashable, Hashable], sigma: float) -> None:
+    def record(self, shapes: dict[Hashable, Hashable], call: ModelCall) -> None:
         """Keep what the cache did in the step that has just run."""
         if shapes and self.decisions is not None and self.runner is not None and self.runner.cache is not None:
-            self.decisions.record(shapes, sigma, self.runner.cache.changes, self.runner.cache.hit)
+            self.decisions.record(shapes, call.sigma, self.runner.cache.changes, self.runner.cache.hit)
 
 
 def remembered(device: torch.device) -> Timings:

@@ -219,7 +219,7 @@ class Split:
         session.forwards += len(model_calls)
         self.used = max(self.used, degrees, key=lambda known: known.world)
         comfy.model_management.throw_exception_if_processing_interrupted()
-        session.record(shapes, model_calls[0].sigma)
+        session.record(shapes, model_calls[0])
         if len(model_calls) > 1 or len(results) == 1:
             return results
         joined = [torch.cat(rows) for rows in zip(*map(calls.tensors, results), strict=True)]
@@ -250,7 +250,7 @@ class Split:
             for key in call.keys:
                 rows = [sum(chunk.stop - chunk.start for chunk in own if chunk.key == key) for own in owned]
                 shapes[key] = (call.shape(), degrees, tuple(rows))
-        return [self.session.cache_step(shapes, model_calls[0].sigma, own) for own in owned], shapes
+        return [self.session.cache_step(shapes, model_calls[0], own) for own in owned], shapes
 
 
 def processors_of_their_own(device: torch.device) -> bool:
