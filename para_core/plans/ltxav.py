@@ -9,7 +9,8 @@ VIDEO, AUDIO = ("video",), ("audio",)
 def coupled(get) -> bool:
     """The gates between the streams read the highest timestep of all rows: elsewhere it must be every row's own."""
     timestep = get("timestep")
-    highest = [own.reshape(len(own), -1).amax(1) for own in (timestep if isinstance(timestep, (tuple, list)) else [timestep])]
+    streams = timestep if isinstance(timestep, (tuple, list)) else [timestep]
+    highest = [own.reshape(len(own), -1).amax(1) for own in streams]
     return any(bool((own != own[0]).any()) for own in highest)
 
 
