@@ -274,6 +274,8 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # a shell's background jobs ignore Ctrl-C, and so would a server that is started by one
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def _wait_until_ready(self, timeout: float) -> None:
