@@ -23,6 +23,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Seconds that a dying parent may need between closing its files and handing its children on.
 _REAPED = 2.0
 
+# Seconds after which a directory that cannot be removed is left.
+_REMOVED = 1.0
+
+_vanishing = threading.Lock()
+
 
 def key_file(socket_path: str | Path) -> Path:
     """Where the pool leaves ``{"authkey": hex, "parent": pid}`` for the worker, readable by this user alone."""
@@ -62,9 +67,11 @@ def leave(parent: int, directory: Path) -> None:
 
 
 def _vanish(directory: Path) -> None:
-    # Siblings do the same at the same moment, each tolerating what the others have removed already.
-    for _ in range(3):
-        shutil.rmtree(directory, ignore_errors=True)
-        if not directory.exists():
-            break
-    os._exit(0)
+    # Siblings do the same at the same moment, each tolerating what the others have removed already. In one process only one
+    # thread does it: the other's exit would cut it short.
+    with _vanishing:
+        deadline = time.monotonic() + _REMOVED
+        while directory.exists() and time.monotonic() < deadline:
+            shutil.rmtree(directory, ignore_errors=True)
+            time.sleep(0.01)
+        os._exit(0)
