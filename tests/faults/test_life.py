@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 from env import graphs
 from env.prepare import Environment
 from env.server import Server
