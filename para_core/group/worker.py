@@ -81,14 +81,20 @@ class Worker:
         while True:
             kind, payload = self._orders.get()
             try:
-                getattr(self, f"on_{kind}")(payload)
-                continue
-            except ChannelClosed:
+                self._answer(kind, payload)
+            except ChannelClosed:  # also while a failure is being reported: rank 0's end is one for its peers
                 self._leave()
-            except Exception as error:  # noqa: BLE001  the process boundary: whatever went wrong is rank 0's to judge
-                self._failed(error)
-            if not self._usable():  # here the error's frames, and the tensors in them, have gone
-                self._leave()
+
+    def _answer(self, kind: str, payload: Any) -> None:
+        try:
+            getattr(self, f"on_{kind}")(payload)
+            return
+        except ChannelClosed:
+            raise
+        except Exception as error:  # noqa: BLE001  the process boundary: whatever went wrong is rank 0's to judge
+            self._failed(error)
+        if not self._usable():  # here the error's frames, and the tensors in them, have gone
+            self._leave()
 
     def _listen(self) -> None:
         try:

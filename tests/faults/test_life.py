@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pytest
 from env import graphs
 from env.prepare import Environment
 from env.server import Server
@@ -49,7 +48,6 @@ def listening(processes: list[psutil.Process]) -> set[str]:
     }
 
 
-@pytest.mark.slow  # fails now and then on two cores: the worker ends in time, but its directory may stay; cause not found yet
 def test_workers_and_their_directory_are_gone_5_seconds_after_their_parent_is_killed(record_property) -> None:
     command = [sys.executable, str(scripts() / "endless.py"), "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=Environment.locate().variables()) as parent:

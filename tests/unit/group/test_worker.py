@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 from para_core.group import worker as module
+from para_core.group.channel import ChannelClosed
+from para_core.group.communicator import CommunicationFailed
 from para_core.group.worker import Worker
 
 GIB = 2**30
@@ -87,3 +90,27 @@ def test_a_model_too_large_for_the_device_drops_all_others_and_is_tried(worker):
     worker.host.total = GIB // 2
     assert load(worker, 2) == [1]
     assert list(worker._models) == [2]
+
+
+def test_a_failure_that_nobody_hears_of_any_more_ends_the_process_at_once(worker):
+    """Rank 0's death is first seen as a collective that fails: its report must not take the main thread, and so the process, down
+    before the directory of both has been removed."""
+
+    class Left(Exception):
+        pass
+
+    def tell(kind: str, payload: Any = None) -> None:
+        if kind == "failed":
+            raise ChannelClosed("rank 0 has gone")
+
+    def leave() -> None:
+        raise Left
+
+    def fail(payload: Any) -> None:
+        raise CommunicationFailed("peer closed the connection")
+
+    worker.channel.tell, worker.channel.hear, worker._leave = tell, threading.Event().wait, leave
+    worker.on_step = fail
+    worker._orders.put(("step", None))
+    with pytest.raises(Left):
+        worker.serve()
