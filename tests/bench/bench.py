@@ -1,96 +1,215 @@
 """What ParaDiT costs and saves, measured against stock ComfyUI in one run on one machine.
 
-    python bench.py overhead     hooks and step header on a 30-block model; the group's start; bytes exchanged
+    python bench.py overhead     hooks and step header on a 30-block model; bytes exchanged
     python bench.py steps        seconds per step of real-size models with random weights (CUDA), tiny ones without CUDA
-    python bench.py              both
+    python bench.py attention    every kernel on the shapes of these models, and what is chosen there
     python bench.py quality      pictures of every way of saving work beside those of the uncached run (see quality.py);
                                  writes records/quality.json, quality.png and its part of RESULTS.md
 
-Prints a table, and writes everything to a JSON record (hardware, versions, date, commit) under records/.
+Several can be named; none means all but quality. Each case runs in a process of its own, with memory set up as ComfyUI's main
+program does it. Every row is written as soon as it is there, to a JSON record (hardware, versions, date, commit) in the folder
+``--out``; a call that was cut off goes on with ``--resume RECORD``. A row that fails says why, and the rest goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import platform
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from env import comfy_import  # noqa: E402
+from record import RECORDS, Record, Stale, machine  # noqa: E402
 
-PACKAGES = ("comfy-kitchen", "sageattention", "flash-attn", "diffusers", "cache-dit")
-
-
-def installed(package: str) -> str | None:
-    """Version of a package that may be missing."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+COMMANDS = ("overhead", "steps", "attention")
+MODELS = "flux-1024,flux-2048,wan-480p,defaults"
+ATTEMPTS = 6  # processes that one part may end
+STALE = 3  # exit status of a part that may not add to the record
 
 
-def machine() -> dict[str, str]:
-    """Where and what was measured."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "date": date.today().isoformat(),
-        "commit": commit or "unknown",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{package: version for package in PACKAGES if (version := installed(package))},
-        "device": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}" if cuda else f"{platform.machine()} CPU",
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["overhead", "steps", "quality"])
-    parser.add_argument("--quick", action="store_true", help="few repeats and tiny models: only shows that the command works")
-    parser.add_argument("--models", default="flux-1024,flux-2048,wan-480p", help="for steps: which, separated by commas")
-    parser.add_argument("--backends", default="exact,auto", help="for steps: attention backends")
-    parser.add_argument("--modes", default="off,compile+graph", help="for steps: how blocks run")
-    parser.add_argument("--out", type=Path, default=HERE / "records", help="folder for the JSON record")
-    parser.add_argument("--short", action="store_true", help="for quality: a few pictures in this process, nothing written")
-    parser.add_argument("--report", action="store_true", help="for quality: only curves and table, from the record that is there")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-
-    import torch
-
-    comfy_import.boot_comfy("--disable-dynamic-vram" if torch.cuda.is_available() else "--cpu")
-    if options.what == "quality":
+def main() -> int:
+    options = arguments()
+    if options.what == ["quality"]:
         import quality
 
-        return quality.main(options, machine())
-    import overhead
-    import steps
+        comfy_import.boot_comfy("--cpu" if options.cpu else "--disable-dynamic-vram")
+        quality.main(options, machine(options.commit))
+        return 0
+    return part(options) if options.part else measure(options)
 
-    tables: dict[str, list[dict[str, object]]] = {}
-    if options.what in (None, "overhead"):
-        tables["overhead"] = overhead.measure(quick=options.quick)
-    if options.what in (None, "steps"):
-        lists = (text.split(",") for text in (options.models, options.backends, options.modes))
-        tables["steps"] = steps.measure(*lists, quick=options.quick)
-    options.out.mkdir(parents=True, exist_ok=True)
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    path = options.out / f"{date.today().isoformat()}-{kind}-{options.what or 'all'}.json"
-    path.write_text(json.dumps({"machine": machine(), **tables}, indent=1) + "\n")
-    print(json.dumps(machine()))
-    for row in itertools.chain(*tables.values()):
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
-    print(f"record: {path}")
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*COMMANDS, "quality"]
+    parser.add_argument("what", nargs="*", choices=[*names, []], metavar="COMMAND", help=f"of {', '.join(names)}; default: all but quality")
+    parser.add_argument("--quick", action="store_true", help="few repeats and tiny models: only shows that the command works")
+    parser.add_argument("--cpu", action="store_true", help="without CUDA, where there is a card")
+    parser.add_argument("--models", help=f"for steps: which, separated by commas ({MODELS})")
+    parser.add_argument("--backends", help="for steps: attention backends (exact,auto)")
+    parser.add_argument("--modes", help="for steps: how blocks run (off,compile+graph)")
+    parser.add_argument("--out", type=Path, help="folder for the JSON record (default: records/, a temporary one with --quick)")
+    parser.add_argument("--resume", type=Path, metavar="RECORD", help="leave out the rows of this record, and write it with the others")
+    parser.add_argument("--commit", default="", help="what is measured, where git cannot tell")
+    parser.add_argument("--minutes", type=float, default=9, help="begin no row after so many")
+    parser.add_argument("--row-limit", type=float, default=200, help="seconds after which a row counts as hung")
+    parser.add_argument("--dynamic-vram", action="store_true", help="ComfyUI's default; without it weights stay on the card")
+    parser.add_argument("--cuda-malloc", action="store_true", help="cudaMallocAsync in any case; ComfyUI decides by torch's version")
+    parser.add_argument("--disable-cuda-malloc", action="store_true", help="torch's own allocator")
+    parser.add_argument("--short", action="store_true", help="for quality: a few pictures in this process, nothing written")
+    parser.add_argument("--report", action="store_true", help="for quality: only curves and table, from the record that is there")
+    for name, kind in (("part", str), ("record", Path), ("folder", Path), ("deadline", float)):
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.what = options.what or list(COMMANDS)
+    options.models = options.models or ("flux-1024,defaults" if options.quick else MODELS)
+    options.backends = options.backends or ("exact" if options.quick else "exact,auto")
+    options.modes = options.modes or ("off" if options.quick else "off,compile+graph")
+    options.cpu = options.cpu or not has_card()
+    return options
+
+
+def has_card() -> bool:
+    """Asked without torch, which must not be imported before the allocator is chosen."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+# -- the parent: a process for each part ------------------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> int:
+    options.deadline = time.time() + 60 * options.minutes
+    with tempfile.TemporaryDirectory(prefix="paradit-bench-") as folder:
+        options.folder = Path(folder)
+        try:
+            record = begin(options)
+            for name in parts(options):
+                until_done(name, record.path, options)
+        except Stale as stale:
+            print(stale)
+            return STALE
+        show(Record.read(record.path), options)
+    return 0
+
+
+def begin(options: argparse.Namespace) -> Record:
+    """The record to write: a new one, or a copy of the one to go on with."""
+    out = options.out or (options.folder if options.quick else RECORDS)
+    if options.resume:
+        record = Record.read(options.resume)
+        record.resume()
+        record.path = out / options.resume.name
+    else:
+        name = f"{date.today().isoformat()}-{'cpu' if options.cpu else 'cuda'}-{'-'.join(options.what)}"
+        taken = sum(1 for _ in out.glob(f"{name}*.json")) if out.exists() else 0
+        record = Record(out / f"{name}{f'-{taken + 1}' if taken else ''}.json")
+    record.write()
+    return record
+
+
+def parts(options: argparse.Namespace) -> list[str]:
+    """What one process measures: a table, or a case of one. With ``--quick`` one process does it all."""
+    found = []
+    for what in options.what:
+        cases = options.models.split(",") if what == "steps" else [""]
+        found += [f"{what}:{case}" for case in cases]
+    return [",".join(found)] if options.quick else found
+
+
+def until_done(name: str, path: Path, options: argparse.Namespace) -> None:
+    """Run a part; where its process ends early, run it again for the rows that are left."""
+    print(f"== {name}", flush=True)
+    own = ["--part", name, "--record", str(path), "--folder", str(options.folder), "--deadline", str(options.deadline)]
+    log = (options.out or options.folder) / "bench.log"
+    for _ in range(ATTEMPTS):
+        if time.time() > options.deadline:
+            break
+        before = path.read_text()
+        with log.open("a") as errors:
+            status = subprocess.run([sys.executable, __file__, *sys.argv[1:], *own], stderr=errors, check=False).returncode
+        if status == 0:
+            return
+        if status == STALE:
+            raise Stale("Nothing was measured.")
+        print(f"{name} ended with {status}:", *log.read_text().splitlines()[-25:], sep="\n  ", flush=True)
+        if path.read_text() == before:
+            return
+    print(f"{name}: no time is left; go on with --resume {path}", flush=True)
+
+
+def show(record: Record, options: argparse.Namespace) -> None:
+    """What was measured, last and short."""
+    from rows import short
+
+    print("\n" + " ".join(f"{name}={value}" for name, value in record.machine.items()))
+    for table, row in record:
+        if "absent" not in row:
+            print(short(table, row)[:300])
+    print(f"record: {record.path}")
+
+
+# -- a part -----------------------------------------------------------------------------------------------------------------
+
+
+def part(options: argparse.Namespace) -> int:
+    names = [name.partition(":")[::2] for name in options.part.split(",")]
+    comfy_import.boot_comfy(*flags(options, defaults=any(case == "defaults" for _, case in names)))
+    comfy_import.initialise_memory()
+    record = Record.read(options.record)
+    try:
+        record.take(machine(options.commit))
+    except Stale as stale:
+        print(stale)
+        return STALE
+    import folder_paths
+    from rows import TimeIsUp
+
+    user = options.folder / "user"  # times of attention kernels are remembered there: none are known at first
+    user.mkdir(exist_ok=True)
+    folder_paths.set_user_directory(str(user))
+    try:
+        for what, case in names:
+            table(record, what, case, options)
+    except TimeIsUp:
+        print(f"time is up; go on with --resume {options.record}")
+    return 0
+
+
+def flags(options: argparse.Namespace, *, defaults: bool) -> list[str]:
+    """ComfyUI's, for this process."""
+    if options.cpu:
+        return ["--cpu"]
+    if defaults:
+        return []
+    return [
+        *([] if options.dynamic_vram else ["--disable-dynamic-vram"]),
+        *(["--cuda-malloc"] if options.cuda_malloc else []),
+        *(["--disable-cuda-malloc"] if options.disable_cuda_malloc else []),
+    ]
+
+
+def table(record: Record, what: str, case: str, options: argparse.Namespace) -> None:
+    """Measure what is missing in ``record``."""
+    if what == "steps":
+        import steps
+
+        steps.measure(record, case, options, options.folder)
+    elif what == "attention":
+        import kernels
+
+        kernels.measure(record, options)
+    elif what == "overhead":
+        import overhead
+
+        for row in overhead.measure(quick=options.quick):
+            record.put("overhead", row)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -131,7 +131,7 @@ def inside(name: str, folder: Path, *, cpu: bool) -> None:
     flags = [*case.flags] if not cpu else ["--cpu"]
     if case.usable is not None and not cpu:
         flags += ["--reserve-vram", f"{card() - case.usable - (folder / 'flux.safetensors').stat().st_size / 2**31:.2f}"]
-    from env.comfy_import import boot_comfy
+    from env.comfy_import import boot_comfy, dynamic_vram
 
     boot_comfy(*flags)
     if not cpu:
@@ -166,27 +166,6 @@ def card() -> float:
     """GB that the card has; asked in another process, because ComfyUI must see its flags before CUDA is used."""
     ask = "import torch; print(torch.cuda.get_device_properties(0).total_memory)"
     return int(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout) / 2**30
-
-
-def dynamic_vram() -> None:
-    """What ComfyUI's main.py does before it loads a model."""
-    import comfy.cli_args
-    import comfy_aimdo.control
-
-    args = comfy.cli_args.args
-    if not comfy.cli_args.enables_dynamic_vram():
-        return
-    headroom = None if args.reserve_vram is None else int(args.reserve_vram * 1024**3)
-    comfy_aimdo.control.init(simple_vram_headroom=headroom)
-    import comfy.memory_management
-    import comfy.model_management
-    import comfy.model_patcher
-
-    if comfy_aimdo.control.init_devices(device.index for device in comfy.model_management.get_all_torch_devices()):
-        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
-        comfy.memory_management.aimdo_enabled = True
-    else:
-        print("dynamic VRAM is not available here")
 
 
 def loaded(path: Path, weight_dtype: str) -> Any:

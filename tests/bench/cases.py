@@ -1,0 +1,209 @@
+"""Models of real size with random weights, of ComfyUI's own classes, and one sampling run of them."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import comfy.memory_management
+import comfy.model_base
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.sd
+import torch
+import weights_file
+from parity.inprocess import reports
+
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "hidden_size": 3072,
+    "mlp_ratio": 4.0,
+    "num_heads": 24,
+    "depth": 19,
+    "depth_single_blocks": 38,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "txt_ids_dims": [],
+}
+WAN = {
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "dim": 5120,
+    "ffn_dim": 13824,
+    "num_heads": 40,
+    "num_layers": 40,
+    "patch_size": (1, 2, 2),
+    "in_dim": 16,
+    "out_dim": 16,
+    "freq_dim": 256,
+    "window_size": (-1, -1),
+    "qk_norm": True,
+    "cross_attn_norm": True,
+    "eps": 1e-6,
+}
+HUNYUAN = {
+    "image_model": "hunyuan_video",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "hidden_size": 3072,
+    "mlp_ratio": 4.0,
+    "num_heads": 24,
+    "depth": 20,
+    "depth_single_blocks": 40,
+    "axes_dim": [16, 56, 56],
+    "theta": 256,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "meanflow": False,
+    "meanflow_sum": False,
+    "byt5": False,
+    "use_cond_type_embedding": False,
+    "vision_in_dim": None,
+}
+COGVIDEOX = {
+    "image_model": "cogvideox",
+    "num_attention_heads": 48,
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "patch_size": 2,
+    "num_layers": 42,
+    "time_embed_dim": 512,
+    "text_embed_dim": 4096,
+    "use_rotary_positional_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's configuration, the latent's shape, and text tokens x width."""
+
+    config: dict
+    latent: tuple[int, ...]
+    text: tuple[int, int]
+    pooled: int = 0
+    steps: int = 6
+
+
+CASES = {
+    "flux-1024": Case(FLUX, (1, 16, 128, 128), (512, 4096), 768, steps=12),
+    "flux-2048": Case(FLUX, (1, 16, 256, 256), (512, 4096), 768, steps=8),
+    "wan-480p": Case(WAN, (1, 16, 21, 60, 104), (512, 4096), steps=6),
+    "hunyuan-720p": Case(HUNYUAN, (1, 16, 33, 90, 160), (256, 4096), 768, steps=5),
+    "cogvideox-5b": Case(COGVIDEOX, (1, 16, 13, 60, 90), (226, 4096), steps=7),
+}
+WARM = 2
+"""First steps of a run that do not count: kernels are timed after the first, and a graph is captured in the second."""
+
+
+def tiny(case: Case) -> Case:
+    """The same with two blocks of each kind and few tokens."""
+    small = {"depth": 2, "depth_single_blocks": 2, "hidden_size": 384, "num_heads": 3, "num_layers": 2, "dim": 384, "ffn_dim": 512}
+    small |= {"num_attention_heads": 3}
+    config = {name: small.get(name, value) for name, value in case.config.items()}
+    text = (16, case.text[1])
+    return replace(case, config=config, latent=(*case.latent[:2], *(4 for _ in case.latent[2:])), text=text, steps=4)
+
+
+def dtype() -> torch.dtype:
+    return torch.bfloat16 if comfy.model_management.get_torch_device().type == "cuda" else torch.float32
+
+
+def base_model(case: Case, device: torch.device) -> comfy.model_base.BaseModel:
+    config = comfy.model_detection.model_config_from_unet_config(case.config)
+    config.set_inference_dtype(dtype(), None)
+    return config.get_model({}, "", device=device)
+
+
+def build(case: Case) -> comfy.model_patcher.ModelPatcher:
+    """A model of ComfyUI's own classes with random weights, made on its device."""
+    device = comfy.model_management.get_torch_device()
+    model = base_model(case, device)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.diffusion_model.parameters():
+        parameter.data.normal_(std=0.02, generator=generator)
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+def from_file(name: str, case: Case, folder: Path) -> comfy.model_patcher.ModelPatcher:
+    """The same as Load Diffusion Model opens it; the file is written first where it is not in ``folder`` yet."""
+    path = folder / f"{name.partition('-')[0]}.safetensors"
+    if not path.exists() and comfy.memory_management.aimdo_enabled:
+        weights_file.make(name, path)
+    elif not path.exists():
+        weights_file.write(case, path)
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Latents float32, and of each step after the warm ones: its seconds, and those until its forward had been launched.
+
+    ``report``: what the pack's own line said of the run, {} for a stock run.
+    """
+
+    latents: torch.Tensor
+    seconds: list[float]
+    launches: list[float]
+    report: dict
+
+    @property
+    def step(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def sample(model: comfy.model_patcher.ModelPatcher, case: Case, *, steps: int = 0, warm: int = WARM) -> Run:
+    """Sample with ComfyUI's own function. The device is waited for after every step, so that a step's time is its own."""
+    generator = torch.Generator().manual_seed(1)
+    context = torch.randn(1, *case.text, generator=generator)
+    extra = {"pooled_output": torch.randn(1, case.pooled, generator=generator)} if case.pooled else {}
+    noise = torch.randn(case.latent, generator=generator)
+    stamps: list[float] = []
+
+    def stamp(*_args) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        stamps.append(time.perf_counter())
+
+    with torch.inference_mode(), launching(model) as launches, reports() as lines:
+        latents = comfy.sample.sample(
+            model, noise, steps or case.steps, 1.0, "euler", "simple", [[context, extra]], [[context, extra]], torch.zeros(case.latent),
+            disable_pbar=True, callback=stamp, seed=1,
+        )  # fmt: skip
+    seconds = [after - before for before, after in itertools.pairwise(stamps)]
+    return Run(latents.float().cpu(), seconds[warm - 1 :], launches[warm:], lines[-1] if lines else {})
+
+
+@contextmanager
+def launching(model: comfy.model_patcher.ModelPatcher) -> Iterator[list[float]]:
+    """Seconds until each forward of ``model`` has returned: nobody waits for the device, unless the forward itself does."""
+    base, found = model.model, []
+    original = base.apply_model
+
+    def apply_model(*args, **kwargs):
+        start = time.perf_counter()
+        result = original(*args, **kwargs)
+        found.append(time.perf_counter() - start)
+        return result
+
+    base.apply_model = apply_model
+    try:
+        yield found
+    finally:
+        del base.apply_model

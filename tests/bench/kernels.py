@@ -1,0 +1,157 @@
+"""Attention alone: every kernel that takes a shape, its error, and what ``auto`` and ``exact`` choose there."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from record import Record, Row, memory
+from rows import attempt
+
+from para_core.attention.backends import BACKENDS, Backend
+from para_core.attention.backends.pytorch import plain
+from para_core.attention.choice import Chooser, ChosenKernel, request_of
+from para_core.attention.timings import Timings
+
+SHAPES = {
+    "FLUX 1024²": (1, 24, 4608, 128),
+    "FLUX 2048²": (1, 24, 16896, 128),
+    "CogVideoX-5B": (1, 48, 17776, 64),
+    "Wan 480p": (1, 40, 32760, 128),
+    "Wan 720p": (1, 40, 75600, 128),
+}
+"""(B, H, S, D) of one call on one GPU."""
+SETTINGS = ("auto", "exact")
+NOT_TIMED = "the kernel ran, and was not timed"
+ROUNDS = 5  # kernels take turns, so that all see the same clocks
+BLOCK = 0.1  # seconds that a kernel runs in one round
+ROWS = 64  # query rows of each head that are compared with float32
+
+
+def measure(record: Record, options: Namespace) -> None:
+    """Rows of every shape: one a kernel, one a setting."""
+    cuda = torch.cuda.is_available()
+    for name, shape in SHAPES.items():
+        if options.quick or not cuda:
+            shape = (1, 2, shape[2] // 100, shape[3])
+        ways = [*(backend.name for backend in BACKENDS), *SETTINGS]
+        if all(record.find("attention", case=name, way=way, memory=memory()) for way in ways):
+            continue
+        device = torch.device("cuda" if cuda else "cpu")
+        generator = torch.Generator(device).manual_seed(0)
+        q, k, v = (torch.randn(shape, generator=generator, device=device).to(torch.bfloat16 if cuda else torch.float32) for _ in range(3))
+        admitted = rows_of_kernels(record, name, (q, k, v), options)
+        for setting in SETTINGS:
+            with attempt(record, "attention", {"case": name, "way": setting, "memory": memory()}, options) as row:
+                row.update(choice(setting, (q, k, v), admitted))
+        del q, k, v
+
+
+def rows_of_kernels(record: Record, case: str, qkv: tuple[torch.Tensor, ...], options: Namespace) -> dict[str, float]:
+    """Milliseconds by kernel. One that fails, or is not for this machine, says so in its row."""
+    request = request_of(qkv[0], qkv[1], None, None)
+    picked = torch.linspace(0, qkv[0].shape[2] - 1, min(ROWS, qkv[0].shape[2]), device=qkv[0].device).round().long()
+    expected, _ = plain(qkv[0][:, :, picked].float(), qkv[1], qkv[2], mask=None, scale=None)
+    found: dict[str, Row] = {}
+    calls: dict[str, Callable[[], torch.Tensor]] = {}
+    for backend in BACKENDS:
+        key = {"case": case, "way": backend.name, "memory": memory()}
+        if (there := record.find("attention", **key)) and there.get("failed", NOT_TIMED) != NOT_TIMED:
+            continue  # it ended the process before this one
+        with attempt(record, "attention", key, options) as row:
+            reason = backend.probe() or backend.refuse(request)
+            if reason is not None:
+                row["absent"] = reason
+                continue
+            call = partial(backend.run, *qkv, mask=None, scale=None)
+            error = (call()[:, :, picked].float() - expected).norm() / expected.norm()
+            row.update({"shape": list(qkv[0].shape), "exact": backend.exact, "error": float(f"{error:.2e}"), "failed": NOT_TIMED})
+            found[backend.name], calls[backend.name] = row, call
+    del expected
+    if not calls:
+        return {}
+    times = alternating(calls, quick=options.quick)
+    operations = 4 * request.heads * request.q_len * request.kv_len * request.head_dim
+    for name, row in found.items():
+        ms = statistics.median(times[name])
+        del row["failed"]
+        row.update({"ms": round(ms, 4), "spread_ms": round(max(times[name]) - min(times[name]), 4), "tflops": round(operations / ms / 1e9)})
+        record.put("attention", row)
+        print(f"attention: {case} {name} {row['ms']} ms", flush=True)
+    return {name: row["ms"] for name, row in found.items()}
+
+
+def alternating(calls: dict[str, Callable[[], torch.Tensor]], *, quick: bool) -> dict[str, list[float]]:
+    """Milliseconds of every call, in rounds in which each runs for ``BLOCK`` seconds. The first calls are not counted."""
+    repeats = {}
+    for name, call in calls.items():
+        timed(call, 2)
+        repeats[name] = 2 if quick else max(2, min(50, int(BLOCK * 1e3 / max(timed(call, 1)[0], 1e-3))))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(1 if quick else ROUNDS):
+        for name, call in calls.items():
+            found[name] += timed(call, repeats[name])
+    return found
+
+
+def timed(call: Callable[[], torch.Tensor], repeats: int) -> list[float]:
+    """Milliseconds of each of ``repeats`` calls, on the device's own clock."""
+    if not torch.cuda.is_available():
+        marks = [time.perf_counter()]
+        for _ in range(repeats):
+            call()
+            marks.append(time.perf_counter())
+        return [(stop - start) * 1e3 for start, stop in zip(marks, marks[1:], strict=False)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) for start, stop in zip(events, events[1:], strict=False)]
+
+
+def choice(setting: str, qkv: tuple[torch.Tensor, ...], ms: dict[str, float]) -> Row:
+    """What the pack chooses with an empty memory, how long it measured, and whether a restart chooses alike.
+
+    ``over``: the best admissible kernel's time over that of the chosen one, both as measured here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels.json"
+        chooser, seconds = decided(setting, qkv, path)
+        chosen = winner(chooser, qkv)
+        again, _ = decided(setting, qkv, path)
+    exact = {backend.name: backend.exact for backend in BACKENDS}
+    allowed = {name: time for name, time in ms.items() if setting == "auto" or exact[name]}
+    row: Row = {"chosen": chosen.name, "measured_s": round(seconds, 2), "remembered": winner(again, qkv).name == chosen.name}
+    if chosen.name in allowed:
+        row.update({"best": min(allowed, key=allowed.__getitem__), "over": round(min(allowed.values()) / ms[chosen.name], 3)})
+    table = next(iter(chooser.timings.table.values()), {})
+    return row | {"its_ms": {name: round(value, 4) for name, value in table.items()}, "replaced": chooser.replaced}
+
+
+def decided(setting: str, qkv: tuple[torch.Tensor, ...], path: Path) -> tuple[Chooser, float]:
+    """A run's chooser after its first forward, and the seconds that timing kernels took after it."""
+    device = qkv[0].device
+    timings = Timings(path if device.type == "cuda" else None)
+    if device.type == "cuda":
+        timings.load(device)
+    chooser = Chooser(setting, timings=timings)
+    chooser.begin_forward()
+    ChosenKernel(chooser).run(*qkv, mask=None, scale=None)
+    chooser.end_forward()
+    started = time.perf_counter()
+    chooser.measure(device)
+    return chooser, time.perf_counter() - started
+
+
+def winner(chooser: Chooser, qkv: tuple[torch.Tensor, ...]) -> Backend:
+    """The kernel of the next call."""
+    return chooser.decide(qkv[0], qkv[1], None, None, needs_lse=False, low_precision_ok=True).candidates[0]
