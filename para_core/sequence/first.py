@@ -20,8 +20,13 @@ def counts(cut: Cut, segments: Segments, *, attended: bool = True) -> tuple[int,
     return cut.joint(segments).rows if attended else tuple(map(sum, zip(*(cut.rows[name] for name in segments), strict=True)))
 
 
-def order(cut: Cut, segments: Segments, *, attended: bool = True) -> torch.Tensor:
-    """Natural positions of the rows of all ranks, rank by rank: int64 on the CPU."""
+def order(cut: Cut, segments: Segments, device: torch.device, *, attended: bool = True) -> torch.Tensor:
+    """Natural positions of the rows of all ranks, rank by rank: int64 on ``device``, made once a forward."""
+    key = ("order", segments, attended, cut.joint(segments), device)
+    return cut.remember(key, None, lambda: _order(cut, segments, attended).to(device))
+
+
+def _order(cut: Cut, segments: Segments, attended: bool) -> torch.Tensor:
     pieces: list[list[torch.Tensor]] = [[] for _ in range(cut.ranks)]
     start = 0
     for name in segments:
@@ -52,7 +57,7 @@ def collect(cut: Cut, comm: Comm, tensor: torch.Tensor, segments: Segments, dim:
         return None
     whole = received.view(-1, *local.shape[1:])
     natural = torch.empty_like(whole)
-    natural[order(cut, segments, attended=attended).to(whole.device)] = whole
+    natural[order(cut, segments, whole.device, attended=attended)] = whole
     return natural.movedim(0, dim).contiguous()
 
 
@@ -67,7 +72,7 @@ def hand_out(
     if whole is None:
         sent = like.new_empty(0)
     else:
-        sent = whole.movedim(dim, 0)[order(cut, segments, attended=attended).to(whole.device)].contiguous().view(-1)
+        sent = whole.movedim(dim, 0)[order(cut, segments, whole.device, attended=attended)].contiguous().view(-1)
     received = like.new_empty(shape.numel())
     comm.all_to_all(received, sent, [shape.numel()] + [0] * (comm.size - 1), sizes)
     return received.view(shape).movedim(0, dim).contiguous()
