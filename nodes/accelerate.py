@@ -8,6 +8,7 @@ from ..para_core.attention.choice import SETTINGS
 from ..para_core.cache.presets import PRESETS
 from ..para_core.comfy import attach, sidecars
 from ..para_core.settings import Accelerate, Parallel
+from .parallel import COUNT
 
 
 class ParaAccelerate(io.ComfyNode):
@@ -25,9 +26,7 @@ class ParaAccelerate(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to sample with. LoRA and other MODEL nodes may come before or after."),
                 io.Int.Input(
                     "gpus",
-                    default=0,
-                    min=0,
-                    max=64,
+                    **COUNT,
                     tooltip="GPUs to use, this model's own included; 0 = all visible. A run that would lose by splitting is not split.",
                 ),
                 io.Combo.Input(

@@ -7,6 +7,8 @@ from comfy_api.latest import io
 from ..para_core.comfy import attach, sidecars
 from ..para_core.settings import Parallel
 
+COUNT = {"default": 0, "min": 0, "max": 64}  # of GPUs; 0 = choose
+
 
 class ParaParallel(io.ComfyNode):
     """Every sampling step is shared by several GPUs of this machine; the result stays the same."""
@@ -23,22 +25,16 @@ class ParaParallel(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to sample with. LoRA and other MODEL nodes may come before or after."),
                 io.Int.Input(
                     "gpus",
-                    default=0,
-                    min=0,
-                    max=64,
+                    **COUNT,
                     tooltip="GPUs to use, this model's own included. 0 = all visible ones. Without CUDA: CPU processes, for trying it out.",
                 ),
                 io.Int.Input(
                     "batch_degree",
-                    default=0,
-                    min=0,
-                    max=64,
+                    **COUNT,
                     tooltip="GPUs that share the batch: positive and negative prompt, and the images of a batch. 0 = choose.",
                 ),
-                io.Int.Input(
-                    "ulysses_degree", default=0, min=0, max=64, tooltip="GPUs that share the attention heads of a sequence. 0 = choose."
-                ),
-                io.Int.Input("ring_degree", default=0, min=0, max=64, tooltip="GPUs that pass keys and values round a ring. 0 = choose."),
+                io.Int.Input("ulysses_degree", **COUNT, tooltip="GPUs that share the attention heads of a sequence. 0 = choose."),
+                io.Int.Input("ring_degree", **COUNT, tooltip="GPUs that pass keys and values round a ring. 0 = choose."),
                 io.String.Input("devices", default="", tooltip='CUDA devices for the other ranks, such as "1,3". Empty = choose.'),
             ],
             outputs=[io.Model.Output(tooltip="The model, sampling on several GPUs.")],
