@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,7 +61,10 @@ def without(call: tuple[tuple, dict[str, Any]], parameters: list[str], paths: It
 
 
 class ModelCall:
-    """A call read by name. ``chunks``: conditions in it, each ``rows // chunks`` batch rows; ``latents``: one, or several."""
+    """A call read by name. ``chunks``: conditions in it, each ``rows // chunks`` batch rows; ``latents``: one, or several.
+
+    What is read more than once a step is read from the call once: a noise level asked for behind a forward waits for all of it.
+    """
 
     def __init__(self, call: Call, parameters: list[str]):
         self.call, self.parameters = call, parameters
@@ -70,7 +74,7 @@ class ModelCall:
         self.options: dict[str, Any] = self.arguments.get("transformer_options") or {}
         self.chunks = max(1, len(self.options.get("cond_or_uncond", ())))
 
-    @property
+    @cached_property
     def keys(self) -> list[Hashable]:
         """What identifies each condition from step to step: its uuid, or its place where a caller sets none.
 
@@ -83,7 +87,7 @@ class ModelCall:
         marks = [(*other, *keys[:index].count(key) * ("again",)) for index, key in enumerate(keys)]
         return [(key, mark) if mark else key for key, mark in zip(keys, marks, strict=True)]
 
-    @property
+    @cached_property
     def sigma(self) -> float:
         sigmas = self.options.get("sigmas")
         return float(sigmas.flatten()[0]) if isinstance(sigmas, torch.Tensor) and sigmas.numel() else 0.0
@@ -94,6 +98,7 @@ class ModelCall:
         levels = self.options.get("sample_sigmas")
         return levels.flatten().tolist() if isinstance(levels, torch.Tensor) else []
 
+    @cached_property
     def shape(self) -> Hashable:
         """What must not change between two forwards for one to be reused in the other: all tensors' shapes, batch rows apart.
 
@@ -159,8 +164,8 @@ def patches(options: dict[str, Any]) -> tuple[tuple[str, str, Hashable, str], ..
 
 def first_patch(options: dict[str, Any]) -> str:
     """The first of them in words; "" if there is none."""
-    for kind, name, _, function in patches(options):
-        return f"the {name} {kind.removesuffix('es').replace('_', ' ')} {function}"
+    for kind, name, _, function in functions(options):
+        return f"the {name} {kind.removesuffix('es').replace('_', ' ')} {title(function)}"
     return ""
 
 

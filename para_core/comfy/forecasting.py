@@ -26,7 +26,7 @@ class Forecaster:
     def answer(self, model_calls: list[ModelCall]) -> list[Any] | None:
         """Foretold results of the calls of one step, None where they shall be computed (and then ``learn``ed)."""
         decisions, sigma = self.decisions, model_calls[0].sigma
-        self._shapes = {key: call.shape() for call in model_calls for key in call.keys}
+        self._shapes = {key: call.shape for call in model_calls for key in call.keys}
         self._totals = []
         if not decisions.known(self._shapes):
             self.forecast.forget(self._shapes)

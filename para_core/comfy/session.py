@@ -356,7 +356,7 @@ class Session:
         graph = self.graph(call.options)
         if not self.follows(call.options):
             return self.runner.run(self.original, self.names, call.call.args, call.call.kwargs, mesh=SOLO_MESH, graph=graph)
-        shapes = {key: call.shape() for key in call.keys}
+        shapes = dict.fromkeys(call.keys, call.shape)
         step = self.cache_step(shapes, call, chunks(call.keys, call.rows // call.chunks, 0, call.rows))
         args, kwargs = call.call.args, call.call.kwargs
         result = self.runner.run(self.original, self.names, args, kwargs, mesh=SOLO_MESH, step=step, graph=graph)

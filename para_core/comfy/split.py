@@ -249,7 +249,7 @@ class Split:
         for call in model_calls:
             for key in call.keys:
                 rows = [sum(chunk.stop - chunk.start for chunk in own if chunk.key == key) for own in owned]
-                shapes[key] = (call.shape(), degrees, tuple(rows))
+                shapes[key] = (call.shape, degrees, tuple(rows))
         return [self.session.cache_step(shapes, model_calls[0], own) for own in owned], shapes
 
 

@@ -117,7 +117,7 @@ def test_a_call_of_other_shapes_is_not_comparable(comfy: None, changed: dict[str
 
     def shape(x: torch.Tensor, context: torch.Tensor, **rest):
         options = {"cond_or_uncond": [0, 1], "uuids": ["a", "b"]}
-        return ModelCall(Call((x, None, context, options), rest), ["x", "timestep", "context", "transformer_options"]).shape()
+        return ModelCall(Call((x, None, context, options), rest), ["x", "timestep", "context", "transformer_options"]).shape
 
     plain = {"x": torch.zeros(2, 16, 8, 8), "context": torch.zeros(2, 7, 4), "ref_latents": [torch.zeros(2, 16, 4, 4)]}
     decisions = Decisions(Cache(0.1), Window())
@@ -133,7 +133,7 @@ def test_conditions_in_one_call_and_in_calls_of_their_own_have_the_same_shape(co
     def shape(rows: int):
         options = {"cond_or_uncond": list(range(rows)), "uuids": list(range(rows)), "sigmas": torch.zeros(rows)}
         rest = {"ref_latents": [torch.zeros(rows, 16, 4, 4)], "y": torch.zeros(rows, 8), "method": "index"}
-        return ModelCall(Call((torch.zeros(rows, 16, 8, 8), options), rest), ["x", "transformer_options"]).shape()
+        return ModelCall(Call((torch.zeros(rows, 16, 8, 8), options), rest), ["x", "transformer_options"]).shape
 
     assert shape(1) == shape(2) == shape(3)
 
