@@ -136,7 +136,7 @@ class Patch:
             for name, changed in zip(names, flags.tolist(), strict=True)
             if changed
         }
-        if self.name == "attn1_patch" and not form or self.name == "attn2_patch" and not form:
+        if self.name in ("attn1_patch", "attn2_patch") and not form:
             return local
         if self.name == "mlp_patch":
             return {**given, **local}
@@ -164,7 +164,7 @@ class Patch:
         if isinstance(result, torch.Tensor):
             return {names[0]: result}
         changed = [name for name, value in result.items() if name not in whole and value is not other.get(name) and value is not None]
-        if form is False and changed:
+        if changed and not form:
             raise TokenError(f"{title(self.function)} changes {', '.join(changed)} of an attention call")
         return {name: result.get(name, tensor) for name, tensor in whole.items() if tensor is not None}
 

@@ -24,7 +24,7 @@ from ..execution.runner import AttentionOverride, KernelBroken, Runner
 from ..group.codec import Untransportable
 from ..group.member import RankLost
 from ..log import log
-from ..plans import Plan, PlanError, plan_for
+from ..plans import PlanError, plan_for
 from ..sequence.mesh import Degrees
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
@@ -159,7 +159,7 @@ class Session:
                 self.model,
                 chooser,
                 cached=caching,
-                compiled=self._compiles(plan),
+                compiled=self._compiles(),
                 stock=optimized_attention,
                 foreign=bool(self.foreign),
             )
@@ -178,10 +178,10 @@ class Session:
                 self.notes.say(f"Attention is computed on the first GPU alone, by {self.foreign}: without that node all GPUs share it.")
             self.split = Split(self, plan, devices)
             self._undo.append(self.split.stop)
-            for kind, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
-                add_wrapper_with_key(kind, KEY, wrapper, self.options, is_model_options=True)
+            for place, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
+                add_wrapper_with_key(place, KEY, wrapper, self.options, is_model_options=True)
 
-    def _compiles(self, plan: Plan) -> bool:
+    def _compiles(self) -> bool:
         """Whether blocks are compiled in this run; what stands against it is said."""
         if self.compiling is None or not self.compiling.blocks:
             return False
