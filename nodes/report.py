@@ -23,7 +23,7 @@ class ParaReport(io.ComfyNode):
             inputs=[io.Latent.Input("samples", tooltip="Latents of a sampler, or made from them by other nodes. They pass through.")],
             outputs=[
                 io.Latent.Output("samples", tooltip="The same latents."),
-                io.Image.Output("chart", tooltip="Change and seconds of every step; one picture a run."),
+                io.Image.Output("chart", tooltip="What the cache judged each step by, and seconds of every step; one picture a run."),
                 io.String.Output("text", tooltip="The report in words."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],

@@ -39,7 +39,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Record:
-    """One forward for the report: noise level, change per condition (None: nothing to compare with), hit or not."""
+    """One forward for the report: noise level, what the rule judged each condition by (None: it knew too little), hit or not."""
 
     sigma: float
     changes: tuple[float | None, ...]

@@ -1,4 +1,4 @@
-"""A run's report as a picture: how much each step changed, which were cached, and how long each took.
+"""A run's report as a picture: what the cache judged each step by, which were cached, and how long each took.
 
 Made to be read at the width of a node (about 400 px), so there are few words, and they are large.
 """
@@ -21,6 +21,8 @@ LEFT, RIGHT, TOP, BOTTOM = 96, 24, 96, 44  # margins of the plots
 GAP = 62  # between the two plots
 BACKGROUND, GRID, FAINT, TEXT = (28, 30, 34), (58, 62, 70), (150, 156, 166), (232, 234, 238)
 COMPUTED, CACHED, LIMIT = (108, 160, 232), (112, 214, 142), (242, 152, 92)
+
+MEASURES = {"classic": "change of the first block", "forecast": "expected error since a computed step, %"}
 
 Box = tuple[float, float, float, float]
 
@@ -93,7 +95,7 @@ def draw(report: dict[str, Any]) -> torch.Tensor:
     top = TOP + 38 if skipped else 100
     if skipped:
         upper = (LEFT, top, right, TOP + height)
-        _changes(canvas, upper, timeline, report["cache"]["threshold"])
+        _changes(canvas, upper, timeline, report["cache"]["threshold"], MEASURES[report["cache"]["rule"]])
     lower = (LEFT, TOP + height + GAP if skipped else top, right, SIZE[1] - BOTTOM)
     _seconds(canvas, lower, timeline)
     return canvas.image()
@@ -128,11 +130,11 @@ def _colour(step: dict[str, Any]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _changes(canvas: _Canvas, box: Box, timeline: list[dict[str, Any]], threshold: float) -> None:
-    """Change of the first block against the threshold; what is far above it is a triangle at the upper edge."""
+def _changes(canvas: _Canvas, box: Box, timeline: list[dict[str, Any]], threshold: float, name: str) -> None:
+    """What the cache's rule judges by against the threshold; what is far above it is a triangle at the upper edge."""
     known = [step["change"] for step in timeline if step["change"] is not None and math.isfinite(step["change"])]
     top = max(1e-6, 1.25 * threshold, min(1.1 * max(known, default=0.0), 4 * threshold))
-    _frame(canvas, box, "change of the first block", top)
+    _frame(canvas, box, name, top)
     limit = box[3] - (box[3] - box[1]) * threshold / top
     for start in range(round(box[0]), round(box[2]), 16):
         canvas.box((start, limit - 2, min(start + 10, box[2]), limit + 2), LIMIT)

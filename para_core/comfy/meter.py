@@ -76,7 +76,7 @@ class Meter:
         self.visits.append(visit)
 
     def steps(self) -> list[dict[str, Any]]:
-        """Per noise level, in order: its seconds, forwards, largest change (None: nothing to compare with), and cache hits.
+        """Per noise level, in order: its seconds, forwards, the largest of what the cache judged by (None: nothing), and hits.
 
         Calls that follow each other at one level (conditions, or the second evaluation of a sampler like heun) are one entry.
         """

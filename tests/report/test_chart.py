@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from para_core.cache.rule import RULES
 from para_core.comfy import chart
 from para_core.comfy.chart import BACKGROUND, CACHED, COMPUTED, LIMIT, SIZE
 
@@ -15,8 +16,8 @@ def step(seconds: float = 1.0, change: float | None = None, hits: int = 0, decis
     return {"sigma": 0.5, "seconds": seconds, "forwards": 1, "change": change, "decisions": decisions, "hits": hits}
 
 
-def report(*timeline: dict, threshold: float | None = 0.1) -> dict:
-    cache = None if threshold is None else {"threshold": threshold, "predictor": "reuse", "rule": "classic"}
+def report(*timeline: dict, threshold: float | None = 0.1, rule: str = "classic") -> dict:
+    cache = None if threshold is None else {"threshold": threshold, "predictor": "reuse", "rule": rule}
     return {"ranks": 2, "degrees": [1, 1, 2], "seconds_per_step": 1.0, "timeline": list(timeline), "cache": cache}
 
 
@@ -73,6 +74,14 @@ def test_changes_lie_above_or_below_the_threshold_line_as_the_cache_saw_them():
         rows.append(marks.mean().item() if len(marks) else None)
     assert rows[0] is None, "there was nothing to compare with"
     assert rows[3] < rows[1] < line < rows[4] < rows[2]
+
+
+def test_the_upper_plot_is_named_after_what_the_rule_judges_by():
+    assert set(chart.MEASURES) == set(RULES)
+    pictures = [chart.draw(report(step(), step(change=0.2), rule=rule)) for rule in RULES]
+    plot = chart.TOP + 38
+    assert all(where(picture[plot - 40 : plot - 4], chart.TEXT).any() for picture in pictures)
+    assert not torch.equal(*(picture[:plot] for picture in pictures)) and torch.equal(*(picture[plot:] for picture in pictures))
 
 
 def test_a_step_of_which_a_part_was_cached_has_a_colour_between():
