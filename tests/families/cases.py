@@ -86,7 +86,7 @@ CASES: dict[str, Callable[[], Tiny]] = {
         vace_strength=[1.0, 0.5],
     ),
     "wan humo": lambda: wan.wan_class(
-        "HumoWanModel", frames=4, audio_embed=noise(2, 4, 8, 5, 1280, seed=3), reference_latent=noise(2, 16, 1, 6, 10, seed=4)
+        "HumoWanModel", size=(4, 6, 10), audio_embed=noise(2, 4, 8, 5, 1280, seed=3), reference_latent=noise(2, 16, 1, 6, 10, seed=4)
     ),
     "wan humo without audio": lambda: wan.wan_class("HumoWanModel"),
     "wan s2v": lambda: wan.wan_class(

@@ -8,7 +8,7 @@ import pytest
 from families.cases import CASES
 from families.ranks import error, shared, stock
 from families.tiny.common import Tiny
-from families.tiny.wan import wan, wan_call
+from families.tiny.wan import wan
 
 from para_core.attention.choice import Chooser
 from para_core.execution.compiled import CompiledBlocks
@@ -37,7 +37,7 @@ def ids(value: str) -> str:
 
 def one_prompt() -> Tiny:
     """Wan, for the node that takes one prompt at a time."""
-    return wan(**wan_call(batch=1))
+    return wan(batch=1)
 
 
 @pytest.mark.parametrize("name, mesh", marked(RUNS), ids=ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .common import HEADS, Tiny, built, noise, seeded, times
+from .common import HEADS, Tiny, built, given, seeded
 
 
 def cogvideox(*, newer: bool = False) -> Tiny:
@@ -25,4 +25,4 @@ def cogvideox(*, newer: bool = False) -> Tiny:
         max_text_seq_length=13,
         use_rotary_positional_embeddings=newer,
     )
-    return seeded(model), dict(x=noise(2, 16, 3, 6, 10), timestep=times(2, 1000), context=noise(2, 13, 40, seed=2))
+    return seeded(model), given(2, 16, 3, 6, 10, scale=1000, text=13)

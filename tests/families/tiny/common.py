@@ -19,6 +19,11 @@ def times(batch: int, scale: float = 1.0) -> torch.Tensor:
     return torch.linspace(0.7, 0.3, batch) * scale if batch > 1 else torch.tensor([0.7 * scale])
 
 
+def given(*shape: int, scale: float = 1.0, text: int = 11, **extra: Any) -> dict[str, Any]:
+    """A call: a latent of ``shape``, a time for each image, and ``text`` tokens of text, with or instead of them ``extra``."""
+    return dict(x=noise(*shape), timestep=times(shape[0], scale), context=noise(shape[0], text, 40, seed=2)) | extra
+
+
 def mask(batch: int, length: int) -> torch.Tensor:
     """The first tokens of a text, fewer of the first image's."""
     return (torch.arange(length)[None] < torch.tensor([length - 3, length])[:batch, None]).long()

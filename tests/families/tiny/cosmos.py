@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .common import HEADS, WIDTH, Tiny, built, noise, seeded, times
+from .common import HEADS, WIDTH, Tiny, built, given, seeded
 
 COSMOS: dict[str, Any] = dict(
     max_img_h=64,
@@ -27,17 +27,13 @@ COSMOS: dict[str, Any] = dict(
 )
 
 
-def cosmos_call(**extra: Any) -> dict[str, Any]:
-    return dict(x=noise(2, 16, 3, 10, 14), timestep=times(2), context=noise(2, 11, 40, seed=2)) | extra
-
-
 def predict2(*, extra_positions: bool = False, **extra: Any) -> Tiny:
     from comfy.ldm.cosmos.predict2 import MiniTrainDIT
 
     model = built(
         MiniTrainDIT, pos_emb_learnable=True, extra_per_block_abs_pos_emb=extra_positions, image_model="cosmos_predict2", **COSMOS
     )
-    return seeded(model), cosmos_call(**extra)
+    return seeded(model), given(2, 16, 3, 10, 14, **extra)
 
 
 def anima() -> Tiny:
@@ -45,7 +41,7 @@ def anima() -> Tiny:
 
     model = built(Anima, pos_emb_learnable=True, extra_per_block_abs_pos_emb=False, image_model="anima", **COSMOS)
     del model.llm_adapter  # large, and only used on text, before the entry method
-    return seeded(model), cosmos_call(x=noise(2, 16, 1, 10, 14))
+    return seeded(model), given(2, 16, 1, 10, 14)
 
 
 def cosmos1() -> Tiny:
@@ -62,4 +58,4 @@ def cosmos1() -> Tiny:
         image_model="cosmos",
         **COSMOS,
     )
-    return seeded(model), cosmos_call(attention_mask=None)
+    return seeded(model), given(2, 16, 3, 10, 14, attention_mask=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .common import HEADS, Tiny, built, noise, seeded, times
+from .common import HEADS, Tiny, built, given, noise, seeded
 
 
 def hidream() -> Tiny:
@@ -25,5 +25,5 @@ def hidream() -> Tiny:
         max_resolution=(32, 32),
         llama_layers=[0, 1, 2, 0, 1],
     )
-    call = dict(x=noise(2, 16, 10, 14), timestep=times(2, 1000), y=noise(2, 24, seed=3), context=noise(2, 7, 40, seed=2))
-    return seeded(model), call | dict(encoder_hidden_states_llama3=noise(2, 3, 5, 44, seed=4))
+    texts = dict(y=noise(2, 24, seed=3), encoder_hidden_states_llama3=noise(2, 3, 5, 44, seed=4))
+    return seeded(model), given(2, 16, 10, 14, scale=1000, text=7, **texts)

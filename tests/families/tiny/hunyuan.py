@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .common import HEADS, WIDTH, Tiny, built, fields, noise, residuals, seeded, times
+from .common import HEADS, WIDTH, Tiny, built, fields, given, noise, residuals, seeded
 
 
 def hunyuan(*, batch: int = 2, newer: bool = False, image: bool = False, control: bool = False, **extra: Any) -> Tiny:
@@ -35,14 +35,9 @@ def hunyuan(*, batch: int = 2, newer: bool = False, image: bool = False, control
         meanflow_sum=False,
     )
     model = built(HunyuanVideo, image_model="hunyuan_video", **fields(HunyuanVideoParams, params))
-    call = dict(
-        x=noise(batch, 16, 3, 5, 7) if newer else noise(batch, 16, 10, 14) if image else noise(batch, 16, 3, 6, 10),
-        timestep=times(batch, 1000),
-        context=noise(batch, 13, 40, seed=2),
-        y=noise(batch, 24, seed=3),
-        guidance=torch.full((batch,), 6.0),
-        **extra,
-    )
+    sides = (3, 5, 7) if newer else (10, 14) if image else (3, 6, 10)
+    vectors = dict(y=noise(batch, 24, seed=3), guidance=torch.full((batch,), 6.0))
+    call = given(batch, 16, *sides, scale=1000, text=13, **vectors, **extra)
     if newer or image:
         call["txt_byt5"] = noise(batch, 5, 1472, seed=4)
     if newer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .common import WIDTH, Tiny, built, noise, seeded, times
+from .common import WIDTH, Tiny, built, given, noise, seeded
 
 
 def kandinsky(**extra: Any) -> Tiny:
@@ -22,5 +22,4 @@ def kandinsky(**extra: Any) -> Tiny:
         num_visual_blocks=3,
         axes_dims=(4, 6, 6),
     )
-    call = dict(x=noise(2, 16, 3, 6, 10), timestep=times(2, 1000), context=noise(2, 11, 40, seed=2), y=noise(2, 24, seed=3))
-    return seeded(model), call | extra
+    return seeded(model), given(2, 16, 3, 6, 10, scale=1000, y=noise(2, 24, seed=3), **extra)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .common import HEADS, WIDTH, Tiny, built, noise, seeded, times
+from .common import HEADS, WIDTH, Tiny, built, given, noise, seeded, times
 
 
 def ltxv(*, channels: int = 16, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
@@ -23,8 +23,7 @@ def ltxv(*, channels: int = 16, build: dict[str, Any] | None = None, **extra: An
         timestep_scale_multiplier=1000.0,
         **(build or {}),
     )
-    call = dict(x=noise(2, channels, 3, 3, 5), timestep=times(2)[:, None], context=noise(2, 11, 40, seed=2), attention_mask=None)
-    return seeded(model), call | extra
+    return seeded(model), given(2, channels, 3, 3, 5, **dict(timestep=times(2)[:, None], attention_mask=None) | extra)
 
 
 def keyframes(strength: float | None = None) -> dict[str, Any]:

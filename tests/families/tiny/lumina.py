@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .common import HEADS, WIDTH, Tiny, built, noise, seeded, times
+from .common import HEADS, WIDTH, Tiny, built, given, seeded
 
 
 def lumina(*, z_image: bool = False, pixels: bool = False, batch: int = 2, **extra: Any) -> Tiny:
@@ -32,5 +32,4 @@ def lumina(*, z_image: bool = False, pixels: bool = False, batch: int = 2, **ext
         time_scale=1000.0 if z_image else 1.0,
         **(dict(decoder_hidden_size=32, decoder_num_res_blocks=1) if pixels else {}),
     )
-    call = dict(x=noise(batch, 16, 10, 14), timestep=times(batch), context=noise(batch, 11, 40, seed=2), num_tokens=11)
-    return seeded(model), call | extra
+    return seeded(model), given(batch, 16, 10, 14, num_tokens=11, **extra)

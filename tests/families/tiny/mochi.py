@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import HEADS, WIDTH, Tiny, built, noise, seeded, times
+from .common import HEADS, WIDTH, Tiny, built, given, seeded
 
 
 def mochi(*, tokens: int = 11) -> Tiny:
@@ -36,5 +36,4 @@ def mochi(*, tokens: int = 11) -> Tiny:
         rope_theta=10000.0,
     )
     held = (torch.arange(16)[None] < tokens).repeat(2, 1)
-    call = dict(x=noise(2, 12, 3, 6, 10), timestep=times(2), context=noise(2, 16, 40, seed=2), attention_mask=held, num_tokens=tokens)
-    return seeded(model), call
+    return seeded(model), given(2, 12, 3, 6, 10, text=16, attention_mask=held, num_tokens=tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .common import HEADS, Tiny, built, noise, residuals, seeded, times
+from .common import HEADS, Tiny, built, given, residuals, seeded
 
 
 def qwen(*, control: bool = False, **extra: Any) -> Tiny:
@@ -21,7 +21,7 @@ def qwen(*, control: bool = False, **extra: Any) -> Tiny:
         joint_attention_dim=40,
         axes_dims_rope=(4, 6, 6),
     )
-    call = dict(x=noise(2, 16, 1, 10, 14), timestep=times(2), context=noise(2, 11, 40, seed=2), **extra)
+    call = given(2, 16, 1, 10, 14, **extra)
     if control:
         call["control"] = residuals({"input": [True, False, True]}, 35)
     return seeded(model), call

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .common import Tiny, built, noise, residuals, seeded, times
+from .common import Tiny, built, given, noise, residuals, seeded
 
 
 def sd3(*, twice: bool = False, control: bool = False) -> Tiny:
@@ -24,7 +24,7 @@ def sd3(*, twice: bool = False, control: bool = False) -> Tiny:
         qk_norm="rms",
         x_block_self_attn_layers=[0, 1] if twice else [],
     )
-    call = dict(x=noise(2, 16, 10, 14), timestep=times(2, 1000), context=noise(2, 11, 40, seed=2), y=noise(2, 24, seed=3))
+    call = given(2, 16, 10, 14, scale=1000, y=noise(2, 24, seed=3))
     if control:
         call["control"] = residuals({"output": [True, True]}, 35, 192)
     return seeded(model), call

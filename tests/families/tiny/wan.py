@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
-from .common import HEADS, Tiny, built, noise, seeded, times
+from .common import HEADS, Tiny, built, given, seeded
 
 WAN: dict[str, Any] = dict(in_dim=16, dim=72, ffn_dim=64, freq_dim=32, text_dim=40, out_dim=16, num_heads=HEADS, num_layers=4, text_len=32)
 
 
-def wan_call(batch: int = 2, frames: int = 3, **extra: Any) -> dict[str, Any]:
-    return dict(x=noise(batch, 16, frames, 6, 10), timestep=times(batch, 1000), context=noise(batch, 15, 40, seed=2)) | extra
+def wan_call(batch: int = 2, size: tuple[int, int, int] = (3, 6, 10), text: int = 15, **extra: Any) -> dict[str, Any]:
+    return given(batch, 16, *size, scale=1000, text=text, **extra)
 
 
 def wan(model_type: str = "t2v", *, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
     from comfy.ldm.wan.model import WanModel
 
-    return seeded(built(WanModel, model_type=model_type, **WAN, **(build or {}))), wan_call(**extra)
+    return seeded(built(WanModel, model_type=model_type, **WAN | (build or {}))), wan_call(**extra)
 
 
 def wan_class(name: str, *, build: dict[str, Any] | None = None, module: str = "model", **extra: Any) -> Tiny:

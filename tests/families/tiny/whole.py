@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .common import HEADS, WIDTH, Tiny, built, noise, seeded, times
+from .common import HEADS, WIDTH, Tiny, built, given, noise, seeded
 
 
 def unet(*, video: bool = False) -> Tiny:
@@ -34,8 +34,7 @@ def unet(*, video: bool = False) -> Tiny:
     )
     if video:
         config |= dict(video_kernel_size=[3, 1, 1], merge_strategy="learned_with_images", extra_ff_mix_layer=True, use_spatial_context=True)
-    call = dict(x=noise(2, 4, 10, 14), timestep=times(2, 1000), context=noise(2, 7, 40, seed=2), y=noise(2, 24 + 6 * 256, seed=3))
-    return seeded(built(UNetModel, **config)), call
+    return seeded(built(UNetModel, **config)), given(2, 4, 10, 14, scale=1000, text=7, y=noise(2, 24 + 6 * 256, seed=3))
 
 
 def aura() -> Tiny:
@@ -53,11 +52,11 @@ def aura() -> Tiny:
         cond_seq_dim=40,
         max_seq=64,
     )
-    return seeded(model), dict(x=noise(2, 4, 10, 14), timestep=times(2), context=noise(2, 7, 40, seed=2))
+    return seeded(model), given(2, 4, 10, 14, text=7)
 
 
 def pixart() -> Tiny:
     from comfy.ldm.pixart.pixartms import PixArtMS
 
     model = built(PixArtMS, hidden_size=WIDTH, depth=3, num_heads=HEADS, caption_channels=40, micro_condition=False, model_max_length=7)
-    return seeded(model), dict(x=noise(2, 4, 44, 48), timestep=times(2, 1000), context=noise(2, 7, 40, seed=2))
+    return seeded(model), given(2, 4, 44, 48, scale=1000, text=7)
