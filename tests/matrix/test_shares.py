@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from families.ranks import error, shared, stock
+from families.tiny.flux import flux
+from families.tiny.wan import wan
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import threads
 
 from para_core.attention.ulysses import split_heads
 from para_core.sequence.cut import Cut
@@ -61,7 +62,7 @@ meshes = st.sampled_from([(1, 2), (1, 3), (1, 5), (2, 1), (3, 1), (5, 1), (2, 2)
 @given(mesh=meshes, speeds=speeds, heads=st.integers(3, 6), text=st.integers(6, 13), size=st.tuples(st.integers(4, 9), st.integers(6, 9)))
 def test_flux_with_uneven_shares_equals_stock(mesh, speeds, heads, text, size) -> None:
     ring, ulysses = mesh[0], min(mesh[1], heads)
-    model, call = threads.flux(heads=heads), threads.flux_call(2, size, text)
+    model, call = flux(heads=heads, size=size, text=text)
     (result,), _ = shared(model, [call], ring, ulysses, speeds=speeds)
     assert error(result, stock(model, call)) < TOLERANCE
 
@@ -71,7 +72,7 @@ def test_flux_with_uneven_shares_equals_stock(mesh, speeds, heads, text, size) -
 @given(mesh=meshes, speeds=speeds, heads=st.integers(3, 6), size=st.tuples(st.integers(1, 3), st.integers(6, 9), st.integers(4, 9)))
 def test_wan_with_uneven_shares_equals_stock(mesh, speeds, heads, size) -> None:
     ring, ulysses = mesh[0], min(mesh[1], heads)
-    model, call = threads.wan(heads), threads.wan_call(2, size)
+    model, call = wan(heads=heads, size=size)
     (result,), _ = shared(model, [call], ring, ulysses, speeds=speeds)
     assert error(result, stock(model, call)) < TOLERANCE
 
@@ -80,7 +81,6 @@ def test_wan_with_uneven_shares_equals_stock(mesh, speeds, heads, size) -> None:
 @pytest.mark.parametrize("heads, ring, ulysses", [(12, 1, 5), (30, 1, 4), (3, 1, 2), (7, 2, 2), (30, 1, 7)])
 @pytest.mark.parametrize("family", ["flux", "wan"])
 def test_heads_that_do_not_divide_are_exact_under_ulysses(family: str, heads: int, ring: int, ulysses: int) -> None:
-    model = threads.flux(heads=heads) if family == "flux" else threads.wan(heads)
-    call = threads.flux_call() if family == "flux" else threads.wan_call()
+    model, call = (flux if family == "flux" else wan)(heads=heads)
     (result,), _ = shared(model, [call], ring, ulysses)
     assert error(result, stock(model, call)) < TOLERANCE

@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from families import ranks as threads
+from families.tiny import Tiny
+from families.tiny.common import residuals
+from families.tiny.flux import flux
+from families.tiny.wan import wan
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import inprocess, threads
+from parity import inprocess
 from parity.inprocess import Job, error, load, noise, run, sample
 
 from para_core.settings import Cache, Parallel
@@ -24,6 +29,13 @@ degrees = st.tuples(st.integers(1, 4), st.integers(1, 4)).filter(lambda pair: 2 
 # -- one call, ranks are threads --------------------------------------------------------------------------------------
 
 
+def apart(tiny: Tiny, ring: int = 1, ulysses: int = 1) -> float:
+    """The relative error of a shared call."""
+    model, call = tiny
+    (result,), _ = threads.shared(model, [call], ring, ulysses)
+    return threads.error(result, threads.stock(model, call))
+
+
 @sweep
 @given(
     pair=degrees,
@@ -33,9 +45,7 @@ degrees = st.tuples(st.integers(1, 4), st.integers(1, 4)).filter(lambda pair: 2 
     heads=st.integers(1, 5),
 )
 def test_flux_call_on_any_mesh_size_text_and_heads_equals_stock(pair, batch, size, text, heads) -> None:
-    model, call = threads.flux(heads=heads), threads.flux_call(batch, size, text)
-    ring, ulysses = pair[0], min(pair[1], heads)
-    assert error(threads.shared(model, call, ring, ulysses), threads.stock(model, call)) < TOLERANCE
+    assert apart(flux(heads=heads, batch=batch, size=size, text=text), pair[0], min(pair[1], heads)) < TOLERANCE
 
 
 @sweep
@@ -47,36 +57,28 @@ def test_flux_call_on_any_mesh_size_text_and_heads_equals_stock(pair, batch, siz
     heads=st.integers(1, 5),
 )
 def test_wan_call_on_any_mesh_size_text_and_heads_equals_stock(pair, batch, size, text, heads) -> None:
-    model, call = threads.wan(heads), threads.wan_call(batch, size, text)
-    ring, ulysses = pair[0], min(pair[1], heads)
-    assert error(threads.shared(model, call, ring, ulysses), threads.stock(model, call)) < TOLERANCE
+    assert apart(wan(heads=heads, batch=batch, size=size, text=text), pair[0], min(pair[1], heads)) < TOLERANCE
 
 
-def residuals(rows: int, batch: int = 2, width: int = 96) -> dict[str, list]:
-    """What ControlNets hand to FLUX: residuals for some blocks of either kind."""
-    return {
-        "input": [noise(batch, rows, width, seed=5), None],
-        "output": [noise(batch, rows, width, seed=6), None, noise(batch, rows, width, seed=8)],
-    }
-
-
+CONTROL = {"input": [True, False], "output": [True, False, True]}  # blocks with residuals
 REFERENCE = [noise(2, 16, 6, 10, seed=9)]
 MASK = (noise(46, 46, seed=4) > 1.5).float() * -1e4
 
-FLUX_VARIANTS = {
-    "control": ({}, lambda: threads.flux_call(control=residuals(35))),
-    "control_one_row_for_all": ({}, lambda: threads.flux_call(control=residuals(35, batch=1))),
-    "kontext_reference": ({}, lambda: threads.flux_call(ref_latents=REFERENCE)),
-    "two_references": ({}, lambda: threads.flux_call(ref_latents=[*REFERENCE, noise(2, 16, 4, 4, seed=10)], ref_latents_method="index")),
-    "uxo_reference": ({}, lambda: threads.flux_call(ref_latents=REFERENCE, ref_latents_method="uxo")),
-    "reference_and_control_of_the_image_only": ({}, lambda: threads.flux_call(ref_latents=REFERENCE, control=residuals(35))),
-    "additive_mask": ({}, lambda: threads.flux_call(attention_mask=MASK)),
-    "mask_per_image": ({}, lambda: threads.flux_call(attention_mask=torch.stack([MASK, MASK.flip(0)])[:, None])),
-    "no_guidance": ({}, lambda: threads.flux_call(guidance=None)),
-    "flux2": ({"flux2": True}, lambda: threads.flux_call(size=(9, 7))),
+# how the model is built, and what its call is given besides
+FLUX_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "control": ({}, dict(control=residuals(CONTROL, 35))),
+    "control_one_row_for_all": ({}, dict(control=residuals(CONTROL, 35, batch=1))),
+    "kontext_reference": ({}, dict(ref_latents=REFERENCE)),
+    "two_references": ({}, dict(ref_latents=[*REFERENCE, noise(2, 16, 4, 4, seed=10)], ref_latents_method="index")),
+    "uxo_reference": ({}, dict(ref_latents=REFERENCE, ref_latents_method="uxo")),
+    "reference_and_control_of_the_image_only": ({}, dict(ref_latents=REFERENCE, control=residuals(CONTROL, 35))),
+    "additive_mask": ({}, dict(attention_mask=MASK)),
+    "mask_per_image": ({}, dict(attention_mask=torch.stack([MASK, MASK.flip(0)])[:, None])),
+    "no_guidance": ({}, dict(guidance=None)),
+    "flux2": (dict(second=True), {}),
     "flux2_reference_at_timestep_zero": (
-        {"flux2": True},
-        lambda: threads.flux_call(1, size=(9, 7), ref_latents=[noise(1, 16, 5, 6, seed=9)], ref_latents_method="index_timestep_zero"),
+        dict(second=True, batch=1),
+        dict(ref_latents=[noise(1, 16, 5, 6, seed=9)], ref_latents_method="index_timestep_zero"),
     ),
 }
 
@@ -84,41 +86,38 @@ FLUX_VARIANTS = {
 @pytest.mark.parametrize("ring, ulysses", [(1, 2), (3, 1), (2, 2)])
 @pytest.mark.parametrize("variant", FLUX_VARIANTS)
 def test_what_flux_may_be_given_is_honoured_on_cut_tokens(variant: str, ring: int, ulysses: int) -> None:
-    build, make_call = FLUX_VARIANTS[variant]
-    model, call = threads.flux(**build), make_call()
-    expected = threads.stock(model, call)
-    assert error(threads.shared(model, call, ring, ulysses), expected) < TOLERANCE
+    build, extra = FLUX_VARIANTS[variant]
+    model, call = flux(**build)
+    assert apart((model, call | extra), ring, ulysses) < TOLERANCE
 
 
 @pytest.mark.parametrize("ring", [2, 3])
 def test_boolean_mask_in_a_ring_equals_the_additive_mask_it_stands_for(ring: int) -> None:
-    model = threads.flux()
-    expected = threads.stock(model, threads.flux_call(attention_mask=MASK))  # stock CPU attention adds a boolean mask as numbers
-    assert error(threads.shared(model, threads.flux_call(attention_mask=MASK == 0), ring), expected) < TOLERANCE
+    model, call = flux(attention_mask=MASK)
+    (result,), _ = threads.shared(model, [call | dict(attention_mask=MASK == 0)], ring)
+    assert threads.error(result, threads.stock(model, call)) < TOLERANCE  # stock CPU attention adds a boolean mask as numbers
 
 
-@pytest.mark.parametrize("name", ["control", "ref_latents", "attention_mask"])
+@pytest.mark.parametrize("name", ["control", "kontext_reference", "additive_mask"])
 def test_those_options_change_the_stock_result(name: str) -> None:
-    call = threads.flux_call(**{name: {"control": residuals(35), "ref_latents": REFERENCE, "attention_mask": MASK}[name]})
-    model = threads.flux()
-    assert error(threads.stock(model, call), threads.stock(model, threads.flux_call())) > 1e-3
+    model, call = flux()
+    assert threads.error(threads.stock(model, call | FLUX_VARIANTS[name][1]), threads.stock(model, call)) > 1e-3
 
 
-WAN_VARIANTS = {
-    "timestep_per_frame": ({}, lambda: threads.wan_call(timestep=torch.tensor([[0.0, 700.0, 650.0], [0.0, 300.0, 250.0]]))),
-    "image_to_video": ({"model_type": "i2v"}, lambda: threads.wan_call(clip_fea=noise(2, 9, 1280, seed=6))),
-    "reference_frame": ({"in_dim_ref_conv": 16}, lambda: threads.wan_call(reference_latent=noise(2, 16, 6, 10, seed=7))),
-    "context_latents": ({}, lambda: threads.wan_call(context_latents=[noise(2, 16, 1, 6, 8, seed=8)])),
-    "concatenated_frames": ({}, lambda: threads.wan_call(time_dim_concat=noise(2, 16, 1, 6, 10, seed=8))),
+WAN_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "timestep_per_frame": ({}, dict(timestep=torch.tensor([[0.0, 700.0, 650.0], [0.0, 300.0, 250.0]]))),
+    "image_to_video": (dict(model_type="i2v"), dict(clip_fea=noise(2, 9, 1280, seed=6))),
+    "reference_frame": (dict(build=dict(in_dim_ref_conv=16)), dict(reference_latent=noise(2, 16, 6, 10, seed=7))),
+    "context_latents": ({}, dict(context_latents=[noise(2, 16, 1, 6, 8, seed=8)])),
+    "concatenated_frames": ({}, dict(time_dim_concat=noise(2, 16, 1, 6, 10, seed=8))),
 }
 
 
 @pytest.mark.parametrize("ring, ulysses", [(1, 2), (3, 1), (2, 2)])
 @pytest.mark.parametrize("variant", WAN_VARIANTS)
 def test_what_wan_may_be_given_is_honoured_on_cut_tokens(variant: str, ring: int, ulysses: int) -> None:
-    build, make_call = WAN_VARIANTS[variant]
-    model, call = threads.wan(**build), make_call()
-    assert error(threads.shared(model, call, ring, ulysses), threads.stock(model, call)) < TOLERANCE
+    build, extra = WAN_VARIANTS[variant]
+    assert apart(wan(**build, **extra), ring, ulysses) < TOLERANCE
 
 
 # -- whole runs, ranks are processes ----------------------------------------------------------------------------------
@@ -220,7 +219,7 @@ def control_of(job: Job) -> dict[str, Any]:
     class FixedControl(comfy.controlnet.ControlBase):
         def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
             rows = -(-x_noisy.shape[-2] // 2) * -(-x_noisy.shape[-1] // 2)
-            held = residuals(rows, x_noisy.shape[0], 384)
+            held = residuals(CONTROL, rows, 384, x_noisy.shape[0])
             return {kind: [None if tensor is None else 0.3 * tensor for tensor in tensors] for kind, tensors in held.items()}
 
     return {"control": FixedControl()}

@@ -15,10 +15,11 @@ def wan_call(batch: int = 2, size: tuple[int, int, int] = (3, 6, 10), text: int 
     return given(batch, 16, *size, scale=1000, text=text, **extra)
 
 
-def wan(model_type: str = "t2v", *, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
+def wan(model_type: str = "t2v", *, heads: int = HEADS, build: dict[str, Any] | None = None, **extra: Any) -> Tiny:
     from comfy.ldm.wan.model import WanModel
 
-    return seeded(built(WanModel, model_type=model_type, **WAN | (build or {}))), wan_call(**extra)
+    config = WAN | dict(dim=12 * heads, num_heads=heads) | (build or {})
+    return seeded(built(WanModel, model_type=model_type, **config)), wan_call(**extra)
 
 
 def wan_class(name: str, *, build: dict[str, Any] | None = None, module: str = "model", **extra: Any) -> Tiny:
