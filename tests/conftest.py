@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from env import comfy_import
+from env.fewer_threads import by_ranks
 from env.prepare import Environment
 from env.server import Server
 
@@ -43,6 +44,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     if report.failed and isinstance(running, Server):
         report.sections.append(("end of the ComfyUI log", running.log_tail(40)))
     return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    by_ranks(items)
 
 
 def pytest_report_header() -> str:

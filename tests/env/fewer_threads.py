@@ -1,9 +1,8 @@
-"""For folders of tests that sample on tiny models over several ranks: a fixture, and an order, for their conftest files."""
+"""For tests that sample on tiny models over several ranks: a fixture for the conftest files of their folders, and an order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def by_ranks(items: list[pytest.Item], folder: Path) -> None:
+def by_ranks(items: list[pytest.Item]) -> None:
     """Put a file's tests with the same number of ranks together, so that workers are not started over and over."""
-    for file in {item.path for item in items if item.path.parent == folder}:
+    for file in {item.path for item in items}:
         places = [place for place, item in enumerate(items) if item.path == file and "ranks" in _parameters(item)]
         ordered = sorted((items[place] for place in places), key=lambda item: _parameters(item)["ranks"])
         for place, item in zip(places, ordered, strict=True):

@@ -7,10 +7,9 @@ import torch
 
 from .cases import CASES
 from .ranks import Result, error, later, listed, make, stock
-from .test_families import TOLERANCE, build, ids, one_thread, some
+from .test_families import TOLERANCE, build, ids, some
 
-__all__ = ["one_thread"]
-pytestmark = pytest.mark.usefixtures("comfy", "one_thread")
+pytestmark = pytest.mark.usefixtures("comfy")
 NAMES = [name for name in CASES if "control" not in name]  # residuals are added between blocks, as ever
 
 
@@ -75,6 +74,4 @@ def test_a_replayed_forward_equals_the_eager_one(name: str) -> None:
     expected = [stock(model, step) for step in steps]
     results, replays, said = run(model, steps, backend=None, graph=True)
     assert replays == 3 or any("without CUDA graphs" in sentence for sentence in said), said
-    if said:
-        print(name, said)
     assert max(error(result, wanted) for result, wanted in zip(results, expected, strict=True)) < TOLERANCE

@@ -13,7 +13,7 @@ from .cases import CASES
 from .ranks import Result, error, later, shared, stock
 from .tiny import Tiny
 
-pytestmark = pytest.mark.usefixtures("comfy", "one_thread")
+pytestmark = pytest.mark.usefixtures("comfy")
 TOLERANCE = 1e-5  # relative, per forward, float32
 
 
@@ -29,15 +29,6 @@ FAMILIES = sorted({family(name) for name in CASES})
 # One run a family and thirty of any, the same every time; `make test-all` does them all.
 SAMPLE = {random.Random(7).choice([run for run in RUNS if family(run[0]) == one]) for one in FAMILIES}
 SAMPLE |= set(random.Random(7).sample(RUNS, 30))
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Ranks are threads of their own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.lru_cache(maxsize=4)

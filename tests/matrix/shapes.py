@@ -41,10 +41,6 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def is_video(call: Call) -> bool:
-    return latents(call)[0].ndim == 5
-
-
 def patches(plan: Plan, model: torch.nn.Module, sides: int) -> list[int]:
     """Patch size along each side of the latent."""
     patch = attribute(model, plan.patch)

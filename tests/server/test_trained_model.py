@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,22 +11,15 @@ import torch
 import torch.nn.functional as F
 from assets import glyphs, networks, prompts
 from env import graphs
+from env.fewer_threads import one_thread
 from env.server import Server
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+__all__ = ["one_thread"]
 MIB = 2**20
 RIGHT = 0.07  # mean distance of colours (0..1) between a blurred picture and its reference; measured: 0.03 to 0.057
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, threads that wait for a core take longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
