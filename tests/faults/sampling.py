@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from env import models
-from env.prepare import Environment
+from parity import inprocess
+from parity.inprocess import Job, load
 
 STEPS = 4
 TOLERANCE = STEPS * 1e-5  # relative, of a run without cached steps
@@ -41,7 +41,7 @@ class Outcome:
     log: list[str] = field(default_factory=list)
 
     def error(self, other: torch.Tensor) -> float:
-        return ((self.latent - other).norm() / other.norm()).item()
+        return inprocess.error(self.latent, other)
 
 
 class _Log(logging.Handler):
@@ -66,35 +66,8 @@ def log_lines() -> Iterator[list[str]]:
         logger.setLevel(before)
 
 
-@cache
-def load(kind: str):
-    import comfy.sd
-
-    name = {"flux": models.FLUX_FILE, "wan": models.WAN_FILE}[kind]
-    return comfy.sd.load_diffusion_model(str(Environment.locate().models / "diffusion_models" / name))
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def conditioning(kind: str, seed: int, tokens: int) -> list:
-    if kind == "wan":
-        return [[random(1, tokens, models.WAN_TEXT_WIDTH, seed=seed), {}]]
-    pooled = random(1, models.FLUX_POOLED_WIDTH, seed=seed + 5)
-    return [[random(1, tokens, models.FLUX_TEXT_WIDTH, seed=seed), {"pooled_output": pooled}]]
-
-
 def sample(model, prompt: Prompt) -> torch.Tensor:
-    import comfy.sample
-
-    latent = torch.zeros(1, models.LATENT_CHANNELS, *SIZES[prompt.kind])
-    positive, negative = (conditioning(prompt.kind, seed, tokens) for seed, tokens in zip((1, 2), prompt.tokens, strict=True))
-    with torch.inference_mode():
-        noise = random(*latent.shape, seed=42)
-        return comfy.sample.sample(
-            model, noise, STEPS, prompt.cfg, "euler", "simple", positive, negative, latent, disable_pbar=True, seed=42
-        )
+    return inprocess.sample(model, Job(prompt.kind, SIZES[prompt.kind], cfg=prompt.cfg, steps=STEPS, tokens=prompt.tokens))
 
 
 @cache
