@@ -23,7 +23,7 @@ COLOURS = {
     "reuse": "#1f77b4",
     "taylor": "#17becf",
     "forecast": "#2ca02c",
-    "forecast from 20 %": "#8bc34a",
+    PRESET_SERIES: "#8bc34a",
     "EasyCache": "#d62728",
     "LazyCache": "#ff7f0e",
     "TeaCache rule": "#9467bd",
@@ -101,13 +101,14 @@ def facts(found: dict[str, Any]) -> Iterator[str]:
     yield "![Quality over saved computation](quality.png)"
 
 
+def table(title: str, *head: str) -> Iterator[str]:
+    """A title, and the head of the table under it."""
+    yield from ("", f"### {title}", "", "|" + "".join(f" {cell} |" if cell else " |" for cell in head), "|" + "---|" * len(head))
+
+
 def goals(columns: Sequence[Column]) -> Iterator[str]:
     """What rule `forecast` was to reach with half of all blocks skipped, and what it does."""
-    yield ""
-    yield "### Goals of rule `forecast`, with half of all blocks skipped"
-    yield ""
-    yield "| | goal | cfg 1 | cfg 4 |"
-    yield "|---|---|---|---|"
+    yield from table("Goals of rule `forecast`, with half of all blocks skipped", "", "goal", "cfg 1", "cfg 4")
     grids = [main_grid(columns, cfg) for cfg in CFGS]
 
     def half(grid: dict[str, list[Column]], series: str, how: Callable = mean) -> float:
@@ -117,7 +118,7 @@ def goals(columns: Sequence[Column]) -> Iterator[str]:
     for name, goal, series in (("over EasyCache", 1, "EasyCache"), ("over fewer steps", 3, "fewer steps")):
         cells = [f"{half(grid, 'forecast') - half(grid, series):+.1f} dB" for grid in grids]
         yield f"| mean PSNR {name} | at least {goal:+d} dB | {' | '.join(cells)} |"
-    for series in ("forecast", "forecast from 20 %"):
+    for series in ("forecast", PRESET_SERIES):
         cells = [f"{half(grid, series) - half(grid, series, worst):.1f} dB" for grid in grids]
         yield f"| worst 5 % under the mean, {series} | at most 6 dB | {' | '.join(cells)} |"
     cells = [f"{nearest(grid):+.1f} dB" for grid in grids]
@@ -133,11 +134,7 @@ def nearest(grid: dict[str, list[Column]]) -> float:
 
 def presets(columns: Sequence[Column]) -> Iterator[str]:
     """What the presets save and cost here."""
-    yield ""
-    yield "### Presets"
-    yield ""
-    yield "| preset | threshold | skipped, PSNR mean / worst 5 % at cfg 1 | at cfg 4 |"
-    yield "|---|---|---|---|"
+    yield from table("Presets", "preset", "threshold", "skipped, PSNR mean / worst 5 % at cfg 1", "at cfg 4")
     for name, preset in PRESETS.items():
         cells = []
         for cfg in CFGS:
@@ -154,11 +151,8 @@ def number(value: float | None, digits: int = 1) -> str:
 def tables(columns: Sequence[Column]) -> Iterator[str]:
     """Every series at equal saving."""
     for cfg in CFGS:
-        yield ""
-        yield f"### cfg {cfg:g}: PSNR in dB (mean / worst 5 %) and SSIM at equal block computation skipped"
-        yield ""
-        yield "| | " + " | ".join([*(f"{saving:.0%}" for saving in SAVINGS), "latents at 50%", "threshold at 50%", "seconds at 50%"]) + " |"
-        yield "|---|" + "---|" * (len(SAVINGS) + 3)
+        title = f"cfg {cfg:g}: PSNR in dB (mean / worst 5 %) and SSIM at equal block computation skipped"
+        yield from table(title, "", *(f"{saving:.0%}" for saving in SAVINGS), "latents at 50%", "threshold at 50%", "seconds at 50%")
         for series, those in main_grid(columns, cfg).items():
             cells = []
             for saving in SAVINGS:
@@ -173,11 +167,8 @@ def tables(columns: Sequence[Column]) -> Iterator[str]:
 def probe_table(columns: Sequence[Column]) -> Iterator[str]:
     """Other samplers, schedules and step counts, each series at one threshold."""
     largest = max(column["pictures"] for column in columns)
-    yield ""
-    yield "### Probes: other samplers and schedules (cfg 4), few steps (cfg 1)"
-    yield ""
-    yield "| sampler | schedule | steps | series | threshold | skipped | PSNR mean / worst 5 % | SSIM |"
-    yield "|---|---|---|---|---|---|---|---|"
+    head = ("sampler", "schedule", "steps", "series", "threshold", "skipped", "PSNR mean / worst 5 %", "SSIM")
+    yield from table("Probes: other samplers and schedules (cfg 4), few steps (cfg 1)", *head)
     for column in columns:
         if column["pictures"] != largest:
             yield (
