@@ -190,19 +190,10 @@ class Split:
         graph, whole = session.graph(options), patches.mixes(options)
         parts = [model_calls[index].part(start, stop, calls.travelling(model_calls[index].options)) for index, start, stop in shares]
         parts = [calls.without(part, session.names, self.plan.rebuilt) for part in parts]
+        alike = {"graph": graph, "kernels": self.kernels, "patches": patches.marks(options), "whole": whole}
         order = {
             "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
-            "shares": [
-                {
-                    "part": part,
-                    "cache": step_data(step),
-                    "graph": graph,
-                    "kernels": self.kernels,
-                    "patches": patches.marks(options),
-                    "whole": whole,
-                }
-                for part, step in zip(parts, steps, strict=True)
-            ],
+            "shares": [{**alike, "part": part, "cache": step_data(step)} for part, step in zip(parts, steps, strict=True)],
         }
         self.kernels = {}
         index, start, stop = shares[0]

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from families.tiny.common import noise
 
-OVERRIDE = "optimized_attention_override"
+from para_core.execution.runner import OVERRIDE
+
+__all__ = ["OVERRIDE"]
 Options = dict[str, Any]
 
 
