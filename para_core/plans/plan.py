@@ -136,6 +136,11 @@ class Plan:
         return all(spec.exchange is None or spec.crosses for spec in self.stacks)
 
     @cached_property
+    def compilable(self) -> bool:
+        """Whether compiled blocks can be cut: they exchange one kind of attention call a block, and none in side lists."""
+        return all(len(spec.joints) == 1 and not spec.side for spec in self.stacks)
+
+    @cached_property
     def whole(self) -> frozenset[str]:
         """Segments that are whole between blocks."""
         return self.segments if self.borders == "whole" else frozenset(self.regather)
