@@ -162,6 +162,11 @@ def dense(value: Any) -> Any:
 def override(run: int, exchanged: bool, func: Callable, *args, **kwargs) -> torch.Tensor:
     """The attention override inside compiled blocks."""
     call = Call.parse(func, args, kwargs)
-    return call.output(
-        torch.ops.paradit.attention(call.q, call.k, call.v, call.mask, call.scale, run, exchanged, call.low_precision)
-    )
+    q, k = rows_first(call.q), rows_first(call.k)
+    return call.output(torch.ops.paradit.attention(q, k, call.v, call.mask, call.scale, run, exchanged, call.low_precision))
+
+
+def rows_first(x: torch.Tensor) -> torch.Tensor:
+    """``(B, H, S, D)`` in memory ``(B, S, H, D)``: costs nothing where the compiler computes it, and saves a copy after kernels
+    whose output lies as their query does."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
