@@ -21,8 +21,8 @@ matrix:         ## every run of the generated matrix; writes tests/matrix/RESULT
 compat:         ## every plan on another ComfyUI: make compat COMFYUI_PATH=/path/to/ComfyUI
 	@$(RUN) tests/matrix/compat.py
 
-bench:          ## cost of hooks, time to a ready group, bytes exchanged
-	$(RUN) tests/bench/bench.py overhead
+bench:          ## cost of hooks, bytes exchanged, time to a ready group
+	$(RUN) tests/bench/bench.py overhead group
 
 lint:
 	$(RUN) -m ruff check .

@@ -3,6 +3,8 @@
     python bench.py overhead     hooks and step header on a 30-block model; bytes exchanged
     python bench.py steps        seconds per step of real-size models with random weights (CUDA), tiny ones without CUDA
     python bench.py attention    every kernel on the shapes of these models, and what is chosen there
+    python bench.py cache        a step with a cache that never hits against one without; a cached step against a full one
+    python bench.py group        start of a group of two ranks, and the model's way to the second one
     python bench.py quality      pictures of every way of saving work beside those of the uncached run (see quality.py);
                                  writes records/quality.json, quality.png and its part of RESULTS.md
 
@@ -28,7 +30,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from env import comfy_import  # noqa: E402
 from record import RECORDS, Record, Stale, machine  # noqa: E402
 
-COMMANDS = ("overhead", "steps", "attention")
+COMMANDS = ("overhead", "steps", "attention", "cache", "group")
 MODELS = "flux-1024,flux-2048,wan-480p,defaults"
 ATTEMPTS = 6  # processes that one part may end
 STALE = 3  # exit status of a part that may not add to the record
@@ -168,7 +170,11 @@ def part(options: argparse.Namespace) -> int:
         print(stale)
         return STALE
     import folder_paths
+    import torch
     from rows import TimeIsUp
+
+    if options.quick:
+        torch.set_num_threads(1)  # threads that wait for each other cost more than tiny models bring
 
     user = options.folder / "user"  # times of attention kernels are remembered there: none are known at first
     user.mkdir(exist_ok=True)
@@ -204,6 +210,14 @@ def table(record: Record, what: str, case: str, options: argparse.Namespace) -> 
         import kernels
 
         kernels.measure(record, options)
+    elif what == "cache":
+        import caching
+
+        caching.measure(record, options)
+    elif what == "group":
+        import joining
+
+        joining.measure(record, options)
     elif what == "overhead":
         import overhead
 

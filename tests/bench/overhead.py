@@ -1,4 +1,4 @@
-"""Fixed costs: hooks and header per step, starting the group, bytes an attention call sends."""
+"""Fixed costs: hooks and header per step, bytes an attention call sends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from comfy.ldm.wan.model import WanModel
 
 from para_core.attention.choice import Chooser
-from para_core.comfy import sidecars
 from para_core.execution.runner import Runner
 from para_core.group.codec import encode, pack
 from para_core.plans import wan
@@ -96,16 +95,6 @@ def header(repeats: int) -> dict[str, object]:
     return {"measure": "header", "added_ms": round(statistics.median(seconds) * 1e3, 3)}
 
 
-def start(ranks: int = 2) -> dict[str, object]:
-    """Seconds from the first use to a joined group."""
-    group = sidecars.group()
-    began = time.perf_counter()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    devices = [f"cuda:{index}" for index in range(1, ranks)] if torch.cuda.is_available() else ["cpu"] * (ranks - 1)
-    group.form(device, devices)
-    return {"measure": f"group of {ranks} ready", "seconds": round(time.perf_counter() - began, 2)}
-
-
 def measure(*, quick: bool) -> list[dict[str, object]]:
     import traffic
 
@@ -116,6 +105,4 @@ def measure(*, quick: bool) -> list[dict[str, object]]:
         rows = [hooks(repeats), cutting(repeats), header(20 if quick else 1000)]
     finally:
         torch.set_num_threads(threads)
-    if not torch.cuda.is_available() or torch.cuda.device_count() > 1:
-        rows.append(start())
     return rows + traffic.measure()
