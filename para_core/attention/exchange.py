@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -13,7 +14,21 @@ from .call import Call, StockKernel
 from .kernel import Kernel, NeedsLse, expand_kv
 from .traffic import Traffic
 
-__all__ = ["Exchange", "NeedsLse", "attend", "attend_call"]
+__all__ = ["PLAIN", "Exchange", "NeedsLse", "Way", "attend", "attend_call"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a call's tensors travel; every rank must go the same way.
+
+    ``wire``: q, k and v as bytes (see ``wire``). ``parts``: of the heads, one travels while another is computed; Ulysses only.
+    """
+
+    wire: bool = False
+    parts: int = 1
+
+
+PLAIN = Way()
 
 
 @dataclass(eq=False)
@@ -41,6 +56,7 @@ def attend(
     scale: float | None = None,
     *,
     kernel: Kernel | None = None,
+    way: Way = PLAIN,
 ) -> torch.Tensor:
     """Attention of this rank's query rows to the key rows of all ranks.
 
@@ -49,16 +65,16 @@ def attend(
     whole lengths in natural order or this rank's rows. ``scale``: None means ``D ** -0.5``.
     Returns ``(B, H, S, D)``, memory ``(B, S, H, D)`` where rows were exchanged.
 
-    Every rank of ``exchange.mesh.sequence`` must make the same call. Raises ``NeedsLse`` for a ring with a kernel that has no
-    log-sum-exp, ``ValueError`` for sizes that do not fit the layout, ``RuntimeError`` where a peer fails.
+    Every rank of ``exchange.mesh.sequence`` must make the same call, the same ``way``. Raises ``NeedsLse`` for a ring with a kernel
+    that has no log-sum-exp, ``ValueError`` for sizes that do not fit the layout, ``RuntimeError`` where a peer fails.
     """
     chosen = kernel or exchange.kernel
     if chosen is None:
         raise ValueError("an exchange without a kernel needs one with every call")
-    return _attend(exchange, chosen, q, k, v, mask, scale)
+    return _attend(exchange, chosen, q, k, v, mask, scale, way)
 
 
-def attend_call(exchange: Exchange | None, call: Call, kernel: Kernel) -> torch.Tensor:
+def attend_call(exchange: Exchange | None, call: Call, kernel: Kernel, way: Way = PLAIN) -> torch.Tensor:
     """Answer an override call, in the shape its caller expects; ``exchange`` None keeps it on this rank.
 
     A call that stays on this rank goes to a stock kernel with its original arguments: bit-identical to stock.
@@ -67,7 +83,7 @@ def attend_call(exchange: Exchange | None, call: Call, kernel: Kernel) -> torch.
         if isinstance(kernel, StockKernel) and kernel.call is call:
             return kernel.original()
         return call.output(kernel.run(call.q, call.k, call.v, mask=call.mask, scale=call.scale))
-    return call.output(attend(exchange, call.q, call.k, call.v, call.mask, call.scale, kernel=kernel))
+    return call.output(attend(exchange, call.q, call.k, call.v, call.mask, call.scale, kernel=kernel, way=way))
 
 
 def _attend(
@@ -78,6 +94,7 @@ def _attend(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float | None,
+    way: Way,
 ) -> torch.Tensor:
     mesh, traffic = exchange.mesh, exchange.traffic
     if mesh.sequence.size == 1:
@@ -91,12 +108,13 @@ def _attend(
     heads = ulysses.split_heads(q.shape[1], k.shape[1], mesh.ulysses.size, mesh.head_speeds)
     if mask is not None:
         mask = masks.exchanged_mask(mask, mesh, exchange.q, exchange.kv, heads.own(mesh.ulysses.rank), exchange.index, traffic)
+    common: dict[str, Any] = {"mask": mask, "scale": scale, "traffic": traffic, "wire": way.wire}
     if mesh.ulysses.size == 1:
-        return ring.attend(mesh.ring, kernel, q, ring.pack(k, v), kv_rows=exchange.kv.rows, mask=mask, scale=scale, traffic=traffic)
-    rows = {"q_rows": exchange.q.rows, "kv_rows": exchange.kv.rows}
+        return ring.attend(mesh.ring, kernel, q, k, v, kv_rows=exchange.kv.rows, **common)
+    rows: dict[str, Any] = {"q_rows": exchange.q.rows, "kv_rows": exchange.kv.rows, "heads": heads}
     if mesh.ring.size == 1:
-        return ulysses.attend(mesh.ulysses, kernel, q, k, v, **rows, heads=heads, mask=mask, scale=scale, traffic=traffic)
-    return unified.attend(mesh, kernel, q, k, v, **rows, heads=heads, mask=mask, scale=scale, traffic=traffic)
+        return ulysses.attend(mesh.ulysses, kernel, q, k, v, **rows, **common, parts=way.parts)
+    return unified.attend(mesh, kernel, q, k, v, **rows, **common)
 
 
 def _check(exchange: Exchange, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -1,15 +1,14 @@
 """Ulysses: before attention ranks trade rows for heads, after it heads for rows (DeepSpeed-Ulysses, arXiv 2309.14509).
 
 Rows and heads may be uneven, and a rank may have none of either. Shapes: B batch, H heads, S rows of one rank, D head dim.
-q, k and v travel in one all-to-all. Its buffers are laid out so that what arrives is used in place, as strided views:
-
-    sent      [destination][S_local][B][q heads | k heads | v heads of the destination][D]
-    received  [source     ][S_source][B][own q heads | own k heads | own v heads][D]     = [S_total][B][...][D]
+q, k and v travel in one all-to-all, as pieces in one of the forms of ``message``. What stays on the rank is copied once, to
+where attention reads it. Heads may be cut in parts, whose messages travel while other parts are computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +17,7 @@ import torch
 from ..sequence.layout import balanced, weighted
 from ..sequence.mesh import Comm
 from .kernel import Kernel
+from .message import BYTES, PARTS, ROWS, Form, Piece
 from .traffic import Traffic
 
 
@@ -32,6 +32,25 @@ class Heads:
         """The query heads of ``rank``."""
         start = sum(self.q[:rank])
         return slice(start, start + self.q[rank])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of every rank's heads, number ``index`` of ``count``; whole groups of query heads stay together."""
+
+    heads: Heads
+    index: int = 0
+    count: int = 1
+
+    def kv(self, rank: int) -> slice:
+        """The key heads of this part among those of ``rank``."""
+        share = self.heads.kv[rank]
+        return slice(share * self.index // self.count, share * (self.index + 1) // self.count)
+
+    def q(self, rank: int) -> slice:
+        """The query heads of this part among those of ``rank``."""
+        kv, group = self.kv(rank), sum(self.heads.q) // sum(self.heads.kv)
+        return slice(kv.start * group, kv.stop * group)
 
 
 @lru_cache(maxsize=256)
@@ -61,17 +80,33 @@ def attend(
     mask: torch.Tensor | None,
     scale: float | None,
     traffic: Traffic,
+    wire: bool = False,
+    parts: int = 1,
 ) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` of this rank's rows -> ``(B, H, S, D)``, memory ``(B, S, H, D)``.
 
-    ``mask`` is already this rank's (see ``masks.exchanged_mask``).
+    ``mask`` is already this rank's (see ``masks.exchanged_mask``). ``wire``: q, k and v travel quantised. ``parts``: so many
+    messages each way; those of one part travel while another is computed.
     """
-    q_all, kv_all = scatter(comm, q, k, v, q_rows=q_rows, kv_rows=kv_rows, heads=heads, traffic=traffic)
-    if q_all.numel() and kv_all.numel():
-        out = kernel.run(q_all, *unpack(kv_all), mask=mask, scale=scale)
-    else:
-        out = torch.zeros_like(q_all)
-    return gather(comm, out, rows=q_rows, heads=heads, traffic=traffic)
+    cuts = [Part(heads, index, parts) for index in range(parts)]
+    arrivals = [
+        scatter(comm, q, k, v, q_rows=q_rows, kv_rows=kv_rows, part=part, traffic=traffic, wire=wire, ahead=parts > 1) for part in cuts
+    ]
+    whole, departures = None, []
+    for part, arrive in zip(cuts, arrivals, strict=True):
+        q_all, k_all, v_all = arrive()
+        if q_all.numel() and k_all.numel():
+            own = mask[:, part.q(comm.rank)] if mask is not None and parts > 1 and mask.shape[1] > 1 else mask
+            out = kernel.run(q_all, k_all, v_all, mask=own, scale=scale)
+        else:
+            out = torch.zeros_like(q_all)
+        if whole is None:
+            whole = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+        departures.append(gather(comm, out, whole, rows=q_rows, part=part, traffic=traffic, ahead=parts > 1))
+    for finish in departures:
+        finish()
+    assert whole is not None, "there is at least one part"
+    return whole.transpose(1, 2)
 
 
 def scatter(
@@ -82,96 +117,122 @@ def scatter(
     *,
     q_rows: Sequence[int],
     kv_rows: Sequence[int],
-    heads: Heads,
+    part: Part,
     traffic: Traffic,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Trade rows for heads: all rows of this rank's heads, q as ``(B, h, S_total, D)``, k and v as ``(M_total, B, 2 * hkv, D)``."""
+    wire: bool = False,
+    ahead: bool = False,
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Trade rows for heads. The result waits for all rows of this rank's heads: q ``(B, h, S_total, D)``, k, v ``(B, hkv, M_total, D)``."""
     batch, _, _, dim = q.shape
-    own_q, own_kv = heads.q[comm.rank], 2 * heads.kv[comm.rank]
-    fused = tuple(q_rows) == tuple(kv_rows)
-    sent_sizes = [batch * dim * (q.shape[2] * hq + k.shape[2] * 2 * hkv) for hq, hkv in zip(heads.q, heads.kv, strict=True)]
-    received_sizes = [batch * dim * (q_count * own_q + kv_count * own_kv) for q_count, kv_count in zip(q_rows, kv_rows, strict=True)]
-    sent = _pack(q, k, v, heads, fused=fused)
-    received = sent.new_empty(sum(received_sizes))
-    comm.all_to_all(received, sent, received_sizes, sent_sizes)
-    traffic.bytes += (len(sent) - sent_sizes[comm.rank]) * sent.element_size()
-    if fused:
-        both = received.view(sum(q_rows), batch, own_q + own_kv, dim)
-        return both[:, :, :own_q].permute(1, 2, 0, 3), both[:, :, own_q:]
-    q_parts, kv_parts = [], []
-    for piece, q_count, kv_count in zip(received.split(received_sizes), q_rows, kv_rows, strict=True):
-        border = q_count * batch * own_q * dim
-        q_parts.append(piece[:border].view(q_count, batch, own_q, dim))
-        kv_parts.append(piece[border:].view(kv_count, batch, own_kv, dim))
-    return torch.cat(q_parts).permute(1, 2, 0, 3), torch.cat(kv_parts)
+    rank, ranks = comm.rank, range(comm.size)
+    form: Form = BYTES if wire else ROWS if tuple(q_rows) == tuple(kv_rows) else PARTS
+
+    def piece(source: int, destination: int) -> Piece:
+        return Piece(batch, q_rows[source], kv_rows[source], _length(part.q(destination)), _length(part.kv(destination)), dim)
+
+    own = piece(rank, rank)
+    sent_sizes = [form.size(piece(rank, other)) if other != rank else 0 for other in ranks]
+    received_sizes = [form.size(piece(other, rank)) if other != rank or form is ROWS else 0 for other in ranks]
+    sent, received = (q.new_empty(sum(sizes), dtype=form.dtype or q.dtype) for sizes in (sent_sizes, received_sizes))
+    for first, last in _runs(part.heads.q, rank):
+        block = _block(sent, sent_sizes, first, last)
+        form.write(block, piece(rank, first), *(_heads_of(tensor, part, first, last, kv=kv) for tensor, kv in ((q, 0), (k, 1), (v, 1))))
+    mine = [_heads_of(tensor, part, rank, rank + 1, kv=kv) for tensor, kv in ((q, 0), (k, 1), (v, 1))]
+    if form is ROWS:
+        split = (own.q_heads, own.kv_heads, own.kv_heads)
+        whole = received.view(sum(q_rows), batch, sum(split), dim).split(split, dim=2)
+    else:
+        whole = (q.new_empty(sum(q_rows), *own.q[1:]), *q.new_empty(sum(kv_rows), *own.kv[1:]).chunk(2, dim=2))
+    places = list(zip(whole, (q_rows, kv_rows, kv_rows), strict=True))
+    for (tensor, rows), tokens in zip(places, mine, strict=True):
+        _rows_of(tensor, rows, rank, rank + 1).copy_(tokens)
+    wait = _send(comm, received, sent, received_sizes, sent_sizes, traffic, ahead=ahead)
+
+    def arrive() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        wait()
+        if form is not ROWS:
+            for first, last in _runs([*zip(q_rows, kv_rows, strict=True)], rank):
+                block = _block(received, received_sizes, first, last)
+                form.read(block, piece(first, rank), *(_rows_of(tensor, rows, first, last) for tensor, rows in places))
+        q_all, k_all, v_all = (tensor.permute(1, 2, 0, 3) for tensor in whole)
+        return q_all, k_all, v_all
+
+    return arrive
 
 
-def gather(comm: Comm, out: torch.Tensor, *, rows: Sequence[int], heads: Heads, traffic: Traffic) -> torch.Tensor:
-    """Trade heads for rows: ``(B, h, S_total, D)`` -> ``(B, H, S, D)`` of this rank's rows, memory ``(B, S, H, D)``."""
+def gather(
+    comm: Comm, out: torch.Tensor, whole: torch.Tensor, *, rows: Sequence[int], part: Part, traffic: Traffic, ahead: bool = False
+) -> Callable[[], None]:
+    """Trade heads for rows: ``out`` ``(B, h, S_total, D)``, and from the others this rank's rows, into ``whole`` ``(B, S, H, D)``.
+
+    It is filled once the result has been called.
+    """
     batch, own, _, dim = out.shape
-    local = rows[comm.rank]
+    rank, local = comm.rank, rows[comm.rank]
     sent = out.permute(2, 0, 1, 3).reshape(-1)
     sent_sizes = [count * batch * own * dim for count in rows]
-    received_sizes = [local * batch * count * dim for count in heads.q]
+    received_sizes = [local * batch * _length(part.q(other)) * dim if other != rank else 0 for other in range(comm.size)]
     received = sent.new_empty(sum(received_sizes))
+    wait = _send(comm, received, sent, received_sizes, sent_sizes, traffic, ahead=ahead)
+    into = whole.transpose(1, 2)
+    start = sum(rows[:rank])
+    _heads_of(into, part, rank, rank + 1).copy_(out[:, :, start : start + local].permute(2, 0, 1, 3))
+
+    def finish() -> None:
+        wait()
+        for first, last in _runs(part.heads.q, rank):
+            block = _block(received, received_sizes, first, last)
+            _heads_of(into, part, first, last).copy_(block.unflatten(1, (local, batch, _length(part.q(first)), dim)))
+
+    return finish
+
+
+def _send(
+    comm: Comm,
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    received_sizes: list[int],
+    sent_sizes: list[int],
+    traffic: Traffic,
+    *,
+    ahead: bool,
+) -> Callable[[], None]:
+    traffic.bytes += (sum(sent_sizes) - sent_sizes[comm.rank]) * sent.element_size()
+    if ahead:
+        return comm.start_all_to_all(received, sent, received_sizes, sent_sizes)
     comm.all_to_all(received, sent, received_sizes, sent_sizes)
-    traffic.bytes += (len(sent) - sent_sizes[comm.rank]) * sent.element_size()
-    whole = received.new_empty(batch, local, sum(heads.q), dim)
-    start = head = 0
-    for ranks, count in _runs(heads.q):
-        size = ranks * local * batch * count * dim
-        piece = received[start : start + size].view(ranks, local, batch, count, dim)
-        into = whole.narrow(2, head, ranks * count).view(batch, local, ranks, count, dim)
-        into.copy_(piece.permute(2, 1, 0, 3, 4))
-        start, head = start + size, head + ranks * count
-    return whole.transpose(1, 2)
+    return lambda: None
 
 
-def unpack(kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed ``(M, B, 2 * h, D)`` as k and v views ``(B, h, M, D)``."""
-    k, v = kv.chunk(2, dim=2)
-    return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+def _heads_of(tensor: torch.Tensor, part: Part, first: int, last: int, *, kv: int = 0) -> torch.Tensor:
+    """The part's heads of ranks ``first:last``, which have equal shares, in ``(B, H, S, D)``: a view ``(n, S, B, heads, D)``."""
+    shares, inner = (part.heads.kv, part.kv(first)) if kv else (part.heads.q, part.q(first))
+    begin, share = sum(shares[:first]), shares[first]
+    block = tensor[:, begin : begin + (last - first) * share].unflatten(1, (last - first, share))
+    return block[:, :, inner].permute(1, 3, 0, 2, 4)
 
 
-def _pack(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: Heads, *, fused: bool) -> torch.Tensor:
-    """The flat send buffer: per destination ``[S][B][q | k | v heads][D]`` (fused), else ``[S][B][q heads][D] [M][B][k | v heads][D]``."""
-    batch, _, q_count, dim = q.shape
-    kv_count = k.shape[2]
-    sent = q.new_empty(batch * dim * (q_count * sum(heads.q) + kv_count * 2 * sum(heads.kv)))
-    start = q_head = kv_head = 0
-    # Equal shares are neighbours and go in one strided copy per tensor: three launches, six where heads do not divide.
-    for ranks, hq in _runs(heads.q):
-        hkv = hq * sum(heads.kv) // sum(heads.q)
-        border = q_count * batch * hq * dim
-        size = border + kv_count * batch * 2 * hkv * dim
-        chunk = sent[start : start + ranks * size].view(ranks, size)
-        if fused:
-            into = chunk.view(ranks, q_count, batch, hq + 2 * hkv, dim)
-            into_q, into_kv = into[:, :, :, :hq], into[:, :, :, hq:]
-        else:
-            into_q = chunk[:, :border].unflatten(1, (q_count, batch, hq, dim))
-            into_kv = chunk[:, border:].unflatten(1, (kv_count, batch, 2 * hkv, dim))
-        _fill(into_q, q, q_head, ranks, hq)
-        _fill(into_kv[:, :, :, :hkv], k, kv_head, ranks, hkv)
-        _fill(into_kv[:, :, :, hkv:], v, kv_head, ranks, hkv)
-        start, q_head, kv_head = start + ranks * size, q_head + ranks * hq, kv_head + ranks * hkv
-    return sent
+def _rows_of(tensor: torch.Tensor, rows: Sequence[int], first: int, last: int) -> torch.Tensor:
+    """The rows of ranks ``first:last``, which have equally many, in ``(S_total, ...)``: a view ``(n, S, ...)``."""
+    begin, count = sum(rows[:first]), rows[first]
+    return tensor[begin : begin + (last - first) * count].unflatten(0, (last - first, count))
 
 
-def _fill(into: torch.Tensor, tensor: torch.Tensor, head: int, ranks: int, count: int) -> None:
-    """Copy ``ranks * count`` heads of ``(B, H, S, D)`` from ``head`` on into ``(ranks, S, B, count, D)``."""
-    if into.numel():
-        batch, heads, rows, dim = tensor.shape
-        if ranks * count != heads:
-            tensor = tensor.narrow(1, head, ranks * count)
-        into.copy_(tensor.view(batch, ranks, count, rows, dim).permute(1, 3, 0, 2, 4))
+def _block(flat: torch.Tensor, sizes: Sequence[int], first: int, last: int) -> torch.Tensor:
+    """The pieces of ranks ``first:last``, which are equally large: ``(n, size)``."""
+    begin = sum(sizes[:first])
+    return flat[begin : begin + (last - first) * sizes[first]].view(last - first, sizes[first])
 
 
-def _runs(shares: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Neighbouring ranks with equal shares, those without any left out: (ranks, share)."""
+def _runs(shares: Sequence[object], rank: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring ranks with equal shares, without ``rank``, as first and last + 1: their pieces are handled at once."""
     begin = 0
-    for rank in range(1, len(shares) + 1):
-        if rank == len(shares) or shares[rank] != shares[begin]:
-            if shares[begin]:
-                yield rank - begin, shares[begin]
-            begin = rank
+    for (_, _), group in itertools.groupby(range(len(shares)), key=lambda other: (shares[other], (other > rank) - (other < rank))):
+        members = len(list(group))
+        if begin != rank:
+            yield begin, begin + members
+        begin += members
+
+
+def _length(heads: slice) -> int:
+    return heads.stop - heads.start

@@ -25,14 +25,20 @@ def attend(
     mask: torch.Tensor | None,
     scale: float | None,
     traffic: Traffic,
+    wire: bool = False,
 ) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` of this rank's rows -> ``(B, H, S, D)``, memory ``(B, S, H, D)``.
 
     ``q_rows``, ``kv_rows``: rows on each rank of ``mesh.sequence``. ``mask``: ``(B|1, own heads|1, group rows|1, M_total)``.
+    ``wire``: what travels is quantised, k and v twice: in the group, and for the ring.
     """
     size = mesh.ulysses.size
     group = slice(mesh.ring.rank * size, (mesh.ring.rank + 1) * size)
-    q_group, kv = ulysses.scatter(mesh.ulysses, q, k, v, q_rows=q_rows[group], kv_rows=kv_rows[group], heads=heads, traffic=traffic)
+    part = ulysses.Part(heads)
+    rows = q_rows[group]
+    arrive = ulysses.scatter(mesh.ulysses, q, k, v, q_rows=rows, kv_rows=kv_rows[group], part=part, traffic=traffic, wire=wire)
     blocks = [sum(kv_rows[start : start + size]) for start in range(0, len(kv_rows), size)]
-    out = ring.attend(mesh.ring, kernel, q_group, kv.contiguous(), kv_rows=blocks, mask=mask, scale=scale, traffic=traffic)
-    return ulysses.gather(mesh.ulysses, out, rows=q_rows[group], heads=heads, traffic=traffic)
+    out = ring.attend(mesh.ring, kernel, *arrive(), kv_rows=blocks, mask=mask, scale=scale, traffic=traffic, wire=wire)
+    whole = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    ulysses.gather(mesh.ulysses, out, whole, rows=rows, part=part, traffic=traffic)()
+    return whole.transpose(1, 2)

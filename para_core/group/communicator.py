@@ -135,13 +135,33 @@ class Communicator:
     # Every dtype travels as bytes: gloo knows few of them.
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int]) -> None:
-        if self._transport is None:
-            received.copy_(sent)
-            return
+        self._all_to_all(received, sent, received_sizes, sent_sizes, ahead=False)()
+
+    def start_all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int]
+    ) -> Callable[[], None]:
+        return self._all_to_all(received, sent, received_sizes, sent_sizes, ahead=True)
+
+    def _all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int], *, ahead: bool
+    ) -> Callable[[], None]:
+        transport = self._transport
+        if transport is None:
+            if received_sizes[0] and sent_sizes[0]:
+                received.copy_(sent)
+            return lambda: None
         width = sent.element_size()
         inward, outward = [size * width for size in received_sizes], [size * width for size in sent_sizes]
         leaving = sum(outward) - outward[self.rank]
-        self._run(lambda transport: transport.start_all_to_all(self._bytes(received), self._bytes(sent), inward, outward), leaving)
+
+        def start() -> Any:
+            return transport.start_all_to_all(self._bytes(received), self._bytes(sent), inward, outward, ahead=ahead)
+
+        if ahead:
+            work = self._exchange(start, leaving)
+            return lambda: self._exchange(lambda: transport.finish(work))
+        self._exchange(lambda: transport.finish(start()), leaving)
+        return lambda: None
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         self._run(lambda transport: transport.start_all_reduce(self._usable(tensor)))

@@ -95,7 +95,13 @@ class Gloo:
         self._group: Any = None
         self._group = _interruptible(lambda: gloo(store, rank, size, options), deadline, life.check)
 
-    def start_all_to_all(self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]) -> Any:
+    def start_all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int], *, ahead: bool = False
+    ) -> Any:
+        if received_sizes[self._rank] != sent_sizes[self._rank]:  # gloo copies the own piece, which shall stay as it is
+            pieces = list(sent.split(sent_sizes))
+            pieces[self._rank] = received.split(received_sizes)[self._rank]
+            sent, sent_sizes = torch.cat(pieces), [piece.numel() for piece in pieces]
         return self._started(lambda: self._group.alltoall_base(received, sent, received_sizes, sent_sizes, dist.AllToAllOptions()))
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Any:

@@ -109,14 +109,15 @@ def publish_id(store: Store, rank: int) -> None:
 class Nccl:
     """A ``Transport`` of one group. All its members make it at the same time, after ``publish_id``.
 
-    Collectives are enqueued on the current stream, shifts on a stream of their own, to overlap with computing.
+    Collectives are enqueued on the current stream; shifts and what is started ahead on a stream of their own, to overlap with
+    computing.
     """
 
     def __init__(self, store: Store, rank: int, size: int, device: torch.device, life: Life, deadline: float):
         self._rank, self._size, self._device, self._life = rank, size, device, life
         self._lock = threading.Lock()  # held during calls, which are short; not while polling
         self._aborted = False
-        self._shifts = torch.cuda.Stream(device)
+        self._aside = torch.cuda.Stream(device)
         self._comm = ctypes.c_void_p()
         unique, config = _UniqueId.from_buffer_copy(bytes.fromhex(store.get("id").decode())), _non_blocking()
         try:
@@ -128,11 +129,18 @@ class Nccl:
             self.abort()
             raise
 
-    def start_all_to_all(self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
+    def start_all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int], *, ahead: bool = False
+    ) -> Any:
         pieces_in, pieces_out = received.split(received_sizes), sent.split(sent_sizes)
-        pieces_in[self._rank].copy_(pieces_out[self._rank])
+        if received_sizes[self._rank] and sent_sizes[self._rank]:
+            pieces_in[self._rank].copy_(pieces_out[self._rank])
         peers = [(self._rank + step) % self._size for step in range(1, self._size)]
-        self._exchange([(peer, pieces_out[peer]) for peer in peers], [(peer, pieces_in[peer]) for peer in peers], self._stream())
+        sends, receives = [(peer, pieces_out[peer]) for peer in peers], [(peer, pieces_in[peer]) for peer in peers]
+        if ahead:
+            return self._beside(sends, receives, sent, received)
+        self._exchange(sends, receives, self._stream())
+        return None
 
     def start_all_reduce(self, tensor: torch.Tensor) -> None:
         kind = _DTYPES.get(tensor.dtype)
@@ -146,12 +154,7 @@ class Nccl:
         self._call(lambda library: library.ncclBroadcast(data, data, tensor.numel(), _UINT8, root, self._comm, self._stream()))
 
     def start_shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Any:
-        ready, done = torch.cuda.Event(), torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(self._device))
-        self._shifts.wait_event(ready)
-        self._exchange([(to, sent)], [(source, received)], self._shifts.cuda_stream)
-        done.record(self._shifts)
-        return done, sent, received  # the tensors' memory stays theirs until the current stream waits
+        return self._beside([(to, sent)], [(source, received)], sent, received)
 
     def finish(self, work: Any) -> None:
         if work is not None:
@@ -179,6 +182,15 @@ class Nccl:
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream
+
+    def _beside(self, sends: Iterable[tuple[int, torch.Tensor]], receives: Iterable[tuple[int, torch.Tensor]], *kept: torch.Tensor) -> Any:
+        """``_exchange`` on the stream beside the current one, after what the latter has been given so far."""
+        ready, done = torch.cuda.Event(), torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(self._device))
+        self._aside.wait_event(ready)
+        self._exchange(sends, receives, self._aside.cuda_stream)
+        done.record(self._aside)
+        return done, *kept  # the tensors' memory stays theirs until the current stream waits
 
     def _exchange(self, sends: Iterable[tuple[int, torch.Tensor]], receives: Iterable[tuple[int, torch.Tensor]], stream: int) -> None:
         """Flat uint8 tensors to and from peers, as one operation; empty ones are left out."""

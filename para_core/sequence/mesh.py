@@ -17,14 +17,24 @@ import torch
 class Comm(Protocol):
     """Collectives over one set of ranks. Tensors are contiguous and on the communicator's device.
 
-    Calls block on the CPU and are ordered on the current stream on CUDA. A failed peer raises ``RuntimeError``.
+    Calls block on the CPU and are ordered on the current stream on CUDA, those that are started ahead when they are waited
+    for. Every rank makes the same calls in the same order. A failed peer raises ``RuntimeError``.
     """
 
     rank: int
     size: int
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int]) -> None:
-        """Send ``sent_sizes[r]`` elements of the flat ``sent`` to each rank r; fill the flat ``received`` in rank order."""
+        """Send ``sent_sizes[r]`` elements of the flat ``sent`` to each rank r; fill the flat ``received`` in rank order.
+
+        This rank's own piece is copied like the others', unless one of its two sizes is 0: then it is left alone, so that what
+        stays here need not pass through the buffers.
+        """
+
+    def start_all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int]
+    ) -> Callable[[], None]:
+        """Begin ``all_to_all`` beside what is computed next; the returned call waits for it. Both tensors are its own until then."""
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum ``tensor`` over the ranks, in place."""

@@ -42,10 +42,30 @@ class FakeComm:
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int]) -> None:
         assert sent.is_contiguous() and received.is_contiguous()
         assert sent.numel() == sum(sent_sizes) and received.numel() == sum(received_sizes)
-        pieces = self._swap(sent.clone().flatten().split(list(sent_sizes)))
-        mine = [pieces[source][self.rank] for source in range(self.size)]
-        assert [piece.numel() for piece in mine] == list(received_sizes), "sender and receiver disagree about sizes"
-        received.copy_(torch.cat(mine).view_as(received))
+        given = self._swap(sent.clone().flatten().split(list(sent_sizes)))
+        for source, (target, pieces) in enumerate(zip(received.flatten().split(list(received_sizes)), given, strict=True)):
+            piece = pieces[self.rank]
+            if source == self.rank and (target.numel() == 0 or piece.numel() == 0):
+                continue
+            assert piece.numel() == target.numel(), "sender and receiver disagree about sizes"
+            target.copy_(piece)
+
+    def start_all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int]
+    ) -> Callable[[], None]:
+        """Done at once, but shown only to those who wait: until then ``received`` holds NaN (or 255) where others' pieces go."""
+        arrived = received.clone()
+        self.all_to_all(arrived, sent, received_sizes, sent_sizes)
+        places = [pair for pair in zip(*(tensor.flatten().split(list(received_sizes)) for tensor in (received, arrived)), strict=True)]
+        for source, (place, _) in enumerate(places):
+            if source != self.rank:
+                place.fill_(float("nan") if place.dtype.is_floating_point else 255)
+
+        def wait() -> None:
+            for place, piece in places:
+                place.copy_(piece)
+
+        return wait
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         tensor.copy_(torch.stack(self._swap(tensor.clone())).sum(0))

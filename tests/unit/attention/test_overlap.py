@@ -1,0 +1,88 @@
+"""Heads that travel in parts give, bit by bit, what they give at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from unit.fake_comm import FakeComm, fake_meshes, on_ranks
+from unit.shared_attention import ExactKernel, joints, rows_of, shared, tensors
+
+from para_core.attention.exchange import Exchange, Way, attend
+from para_core.attention.traffic import Traffic
+from para_core.sequence.layout import Joint, balanced
+from para_core.sequence.mesh import Mesh
+
+
+@st.composite
+def calls(draw):
+    ranks = draw(st.integers(2, 4))
+    kv_heads = draw(st.integers(1, 9))
+    return ranks, draw(joints(ranks)), kv_heads * draw(st.sampled_from([1, 1, 2])), kv_heads, draw(st.integers(0, 2**16))
+
+
+@settings(max_examples=80, deadline=None)
+@given(calls(), st.integers(2, 4), st.booleans(), st.sampled_from(["none", "one for all heads", "one a head"]))
+def test_parts_change_no_bit(case, parts, wire, masked):
+    ranks, (q_joint, kv_joint), heads, kv_heads, seed = case
+    q, k, v = tensors(q_joint, kv_joint, heads, kv_heads, 2, seed)
+    mask = None if masked == "none" else torch.randn(2, heads if "a head" in masked else 1, q_joint.total, kv_joint.total)
+    traffic = [[Traffic() for _ in range(ranks)] for _ in range(2)]
+    once, cut = (
+        shared(fake_meshes(1, ranks), q_joint, kv_joint, q, k, v, mask, way=Way(wire, count), traffic=counted)
+        for count, counted in zip((1, parts), traffic, strict=True)
+    )
+    if wire:  # a mean of keys may differ in its last bit, and an element of them then by a step
+        assert (once - cut).norm() <= 1e-2 * once.norm()
+    else:
+        assert torch.equal(once, cut)
+    padding = 32 * parts * ranks if wire else 0  # messages of bytes are multiples of 16
+    assert all(abs(one.bytes - other.bytes) <= padding for one, other in zip(*traffic, strict=True))
+
+
+@dataclass
+class Recorder:
+    """A communicator that notes what is started and what is waited for."""
+
+    comm: FakeComm
+    events: list
+
+    def __post_init__(self):
+        self.rank, self.size = self.comm.rank, self.comm.size
+
+    def start_all_to_all(self, received, sent, received_sizes, sent_sizes):
+        number = sum("start" in event for event in self.events)
+        self.events.append(f"start {number}")
+        wait = self.comm.start_all_to_all(received, sent, received_sizes, sent_sizes)
+
+        def noted():
+            self.events.append(f"wait {number}")
+            wait()
+
+        return noted
+
+
+@pytest.mark.parametrize("heads", [8, 7, 2])
+def test_a_part_is_computed_while_the_next_travels_and_all_ranks_send_in_one_order(heads):
+    ranks, joint = 3, Joint((balanced(11, 3),))
+    q, k, v = tensors(joint, joint, heads, heads, 1, 0)
+    events: list[list[str]] = [[] for _ in range(ranks)]
+    meshes = [
+        Mesh(mesh.sequence, Recorder(mesh.ulysses, noted), mesh.ring) for mesh, noted in zip(fake_meshes(1, ranks), events, strict=True)
+    ]
+
+    def work(rank):
+        kernel = ExactKernel()
+        look = kernel.look
+        kernel.look = lambda *args: (events[rank].append("compute"), look(*args))
+        rows = rows_of(joint, rank)
+        return attend(Exchange(meshes[rank], joint, joint, kernel), *(t[:, :, rows] for t in (q, k, v)), way=Way(parts=2))
+
+    on_ranks(ranks, work)
+    if heads > 3:
+        assert events[0] == ["start 0", "start 1", "wait 0", "compute", "start 2", "wait 1", "compute", "start 3", "wait 2", "wait 3"]
+    collectives = [[event for event in noted if event != "compute"] for noted in events]
+    assert collectives[0] == collectives[1] == collectives[2]
