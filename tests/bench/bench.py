@@ -2,6 +2,7 @@
 
     python bench.py overhead     hooks and step header on a 30-block model; bytes exchanged
     python bench.py steps        seconds per step of real-size models with random weights (CUDA), tiny ones without CUDA
+    python bench.py peers        the same of diffusers and cache-dit, where they are installed
     python bench.py attention    every kernel on the shapes of these models, and what is chosen there
     python bench.py cache        a step with a cache that never hits against one without; a cached step against a full one
     python bench.py group        start of a group of two ranks, and the model's way to the second one
@@ -30,7 +31,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from env import comfy_import  # noqa: E402
 from record import RECORDS, Record, Stale, machine  # noqa: E402
 
-COMMANDS = ("overhead", "steps", "attention", "cache", "group")
+COMMANDS = ("overhead", "steps", "peers", "attention", "cache", "group")
 MODELS = "flux-1024,flux-2048,wan-480p,defaults"
 ATTEMPTS = 6  # processes that one part may end
 STALE = 3  # exit status of a part that may not add to the record
@@ -53,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("what", nargs="*", choices=[*names, []], metavar="COMMAND", help=f"of {', '.join(names)}; default: all but quality")
     parser.add_argument("--quick", action="store_true", help="few repeats and tiny models: only shows that the command works")
     parser.add_argument("--cpu", action="store_true", help="without CUDA, where there is a card")
-    parser.add_argument("--models", help=f"for steps: which, separated by commas ({MODELS})")
+    parser.add_argument("--models", help=f"for steps and peers: which, separated by commas ({MODELS})")
     parser.add_argument("--backends", help="for steps: attention backends (exact,auto)")
     parser.add_argument("--modes", help="for steps: how blocks run (off,compile+graph)")
     parser.add_argument("--out", type=Path, help="folder for the JSON record (default: records/, a temporary one with --quick)")
@@ -119,7 +120,7 @@ def parts(options: argparse.Namespace) -> list[str]:
     """What one process measures: a table, or a case of one. With ``--quick`` one process does it all."""
     found = []
     for what in options.what:
-        cases = options.models.split(",") if what == "steps" else [""]
+        cases = options.models.split(",") if what in ("steps", "peers") else [""]
         found += [f"{what}:{case}" for case in cases]
     return [",".join(found)] if options.quick else found
 
@@ -207,9 +208,13 @@ def table(record: Record, what: str, case: str, options: argparse.Namespace) -> 
 
         steps.measure(record, case, options, options.folder)
     elif what == "attention":
-        import kernels
+        import attention_kernels
 
-        kernels.measure(record, options)
+        attention_kernels.measure(record, options)
+    elif what == "peers":
+        import peers
+
+        peers.measure(record, case, options)
     elif what == "cache":
         import caching
 

@@ -8,10 +8,11 @@ from argparse import Namespace
 import cases
 import comfy.model_management
 import torch
-from cases import CASES, WARM, Case
+from cases import WARM
 from comfy.model_patcher import ModelPatcher
 from record import Record, Row, memory
 from rows import attempt
+from sizes import CASES, Case, tiny
 
 from para_core.cache.rule import RULES
 from para_core.comfy.attach import attach
@@ -26,7 +27,7 @@ NEVER, ALWAYS = 1e-30, 1e30  # thresholds
 def measure(record: Record, options: Namespace) -> None:
     """Rows for both rules and every mode of ``options.modes``."""
     cuda = torch.cuda.is_available()
-    case = CASES[NAME] if cuda and not options.quick else cases.tiny(CASES[NAME])
+    case = CASES[NAME] if cuda and not options.quick else tiny(CASES[NAME])
     wanted = [
         (f"{what}, {rule}, {mode}", what, rule, mode) for mode in options.modes.split(",") for rule in RULES for what in ("miss", "hit")
     ]

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import cases
 import comfy.model_management
 import torch
-from cases import CASES
 from comfy.model_patcher import ModelPatcher
 from record import Record, Row, memory
 from rows import attempt
+from sizes import CASES
 from steps import ranks, sized
 
 from para_core.comfy import files, sidecars

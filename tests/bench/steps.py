@@ -10,10 +10,11 @@ import cases
 import comfy.memory_management
 import comfy.model_management
 import torch
-from cases import CASES, Case, Run
+from cases import Run
 from comfy.model_patcher import ModelPatcher
 from record import Record, Row, memory
 from rows import attempt
+from sizes import CASES, Case, tiny
 
 from para_core.comfy.attach import attach
 from para_core.settings import Accelerate, Attention, Compile, Parallel
@@ -28,7 +29,7 @@ def ranks() -> list[int]:
 
 
 def sized(case: Case, options: Namespace) -> Case:
-    return cases.tiny(case) if options.quick or not torch.cuda.is_available() else case
+    return tiny(case) if options.quick or not torch.cuda.is_available() else case
 
 
 def measure(record: Record, name: str, options: Namespace, folder: Path) -> None:

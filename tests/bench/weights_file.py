@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cases import Case
+    from sizes import Case
 
 HERE = Path(__file__).resolve().parent
 TYPES = {"torch.bfloat16": "BF16", "torch.float32": "F32"}
@@ -55,6 +55,6 @@ if __name__ == "__main__":
     from env import comfy_import
 
     comfy_import.boot_comfy(*sys.argv[3:])
-    from cases import CASES
+    from sizes import CASES
 
     write(CASES[sys.argv[1]], Path(sys.argv[2]))
