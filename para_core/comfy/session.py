@@ -329,13 +329,8 @@ class Session:
         self.split.stop()
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.forget()
-        needed = max(sum(self.patcher.model.memory_required(list(latent.shape)) for latent in call.latents) for call in model_calls)
-        loaded = [
-            model
-            for model in comfy.model_management.current_loaded_models
-            if model.model is not None and model.model.model is self.patcher.model
-        ]
-        comfy.model_management.free_memory(needed, self.patcher.load_device, keep_loaded=loaded)
+        self.runner.graphs.drop()  # they hold the memory of shared steps
+        self.split.make_room()
 
     def forget(self) -> None:
         """The cache starts cold."""

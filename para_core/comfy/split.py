@@ -16,7 +16,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..cache.first_block import Step, chunks
-from ..execution import gain
+from ..execution import gain, memory
 from ..group.codec import Untransportable
 from ..group.group import GroupError
 from ..group.member import RankLost
@@ -26,6 +26,7 @@ from ..sequence.layout import balanced
 from ..sequence.mesh import Degrees
 from . import calls, patches, sidecars
 from .calls import ModelCall
+from .estimate import Estimate
 from .model import Unshareable
 
 if TYPE_CHECKING:
@@ -50,18 +51,21 @@ class Split:
         """Times of attention kernels that the next step tells the other ranks."""
         self._heads = attribute(session.model, plan.heads) if plan.stacks else 1
         self._degrees: dict[tuple[int, int | None, bool], Degrees] = {}
-        self._memory_required = None
+        self._estimate: Estimate | None = None
 
     # -- joining ------------------------------------------------------------------------------------------------------
 
     def prepare(self, executor, *args, **kwargs):
         """PREPARE_SAMPLING wrapper: once ComfyUI has loaded the model, the group gets it too."""
-        result = executor(*args, **kwargs)
         session = self.session
+        self._estimate = Estimate(args, self.part)
+        result = executor(*args, **kwargs)
+        self._estimate.others = result[2]
         try:
             self.group.form(session.patcher.load_device, self.devices)
             if session.parallel is not None and session.parallel.careful and (reason := self._loses(args[1])):
                 session.notes.say(reason)
+                self.make_room()
                 return result
             self.group.measure(session.meter.exchanged)
             sidecars.load(session.patcher, comfy.sampler_helpers.estimate_memory(*args[:3])[0])
@@ -76,13 +80,39 @@ class Split:
             self.active = True
         except (GroupError, RankLost, Unshareable, Untransportable) as error:
             session.notes.say(f"This run stays on one GPU, because {error}.")
-        if self.active and self.degrees(2, options=session.options["transformer_options"]).batch > 1:
-            # each rank holds a part of the batch only, so more of it fits than ComfyUI thinks
-            model, ranks = session.patcher.model, self.group.size
-            whole = model.memory_required
-            model.memory_required = lambda *a, **k: whole(*a, **k) / ranks
-            self._memory_required = model
+            self.make_room()
         return result
+
+    def part(self, shape: Sequence[int]) -> float:
+        """The part of a whole step's memory that a card of this run needs for latents of ``shape`` (B, C, ...), at most.
+
+        Conditions that ComfyUI asks about together may run together, one by one, or side by side in lanes.
+        """
+        assert self._estimate is not None
+        options, rows = self.session.options["transformer_options"], shape[0]
+        if calls.first_patch(options) or self.session.foreign:
+            return 1.0  # what runs there is given the tokens of all ranks
+        single = min(rows, self._estimate.rows)
+        separable = {rows: rows, single: single} if self.plan.coupled is None else {rows: 1, single: 1}
+        amounts = [self._amount(self.degrees(apart, options=options), together, shape) for together, apart in separable.items()]
+        if not math.isclose(self.session.cfg, 1.0):
+            lanes = range(2, self._estimate.conditions + 1)
+            amounts += [single * self._amount(self.degrees(width, options=options), 1, shape) for width in lanes]
+        return min(1.0, max(amounts) / rows)
+
+    def _amount(self, degrees: Degrees, rows: int, shape: Sequence[int]) -> float:
+        """Memory that a card of ``degrees`` needs for ``rows`` like those of latents of ``shape``, in whole forwards of one."""
+        outside = self.plan.held_outside(self.session.model) if self.plan.stacks else 1.0
+        share = -(-rows // degrees.batch)
+        if outside == 1.0:
+            return share
+        sides = (*(1 for _ in shape[4:]), shape[-2], 1)  # some families cut between rows of the picture, none finer
+        return share * memory.part(degrees, image_tokens(self.plan, self.session.model, sides), self._heads, outside)
+
+    def make_room(self) -> None:
+        """Have ComfyUI make room for whole steps on this card."""
+        if self._estimate is not None:
+            self._estimate.whole()
 
     def _loses(self, shape: Sequence[int]) -> str:
         """Why sampling latents of ``shape`` ``(B, C, ...)`` would not be faster on several ranks; "" if it should be."""
@@ -109,9 +139,8 @@ class Split:
         self.active = False
         self.group.measure(None)
         self.group.end()
-        if self._memory_required is not None:
-            del self._memory_required.memory_required
-            self._memory_required = None
+        if self._estimate is not None:
+            self._estimate.close()
 
     def degrees(
         self, rows: int, tokens: int | None = None, say: Callable[[str], None] = lambda _sentence: None, *, options: dict[str, Any]
@@ -122,6 +151,7 @@ class Split:
         """
         assert self.session.runner is not None
         code = calls.first_patch(options) or self.session.foreign
+        ranks = 1 + len(self.devices)  # also before the group is there
         key = (rows, tokens, bool(code))
         if key not in self._degrees:
             asked = self.session.parallel
@@ -130,8 +160,8 @@ class Split:
                 say(f"The batch is not split, because {code} may look at all of it.")
                 asked = replace(asked, batch_degree=1, ring_degree=0, ulysses_degree=0)
             self._degrees[key], note = choose(
-                self.group.size,
-                batch=1 if code else asked.batch_degree or (0 if self.plan.stacks else min(rows, self.group.size)),
+                ranks,
+                batch=1 if code else asked.batch_degree or (0 if self.plan.stacks else min(rows, ranks)),
                 ring=asked.ring_degree if self.plan.stacks else 1,
                 ulysses=asked.ulysses_degree if self.plan.stacks else 1,
                 rows=rows,
@@ -186,6 +216,7 @@ class Split:
         degrees = self.degrees(rows, tokens, session.notes.say, options=options)
         shares = share(model_calls, degrees.batch)
         degrees = replace(degrees, batch=len(shares))
+        self._covered(model_calls[0], degrees, shares[0][2] - shares[0][1])
         steps, shapes = self._cache_steps(model_calls, shares, degrees)
         graph, whole = session.graph(options), patches.mixes(options)
         parts = [model_calls[index].part(start, stop, calls.travelling(model_calls[index].options)) for index, start, stop in shares]
@@ -215,6 +246,14 @@ class Split:
             return results
         joined = [torch.cat(rows) for rows in zip(*map(calls.tensors, results), strict=True)]
         return [joined[0] if isinstance(first, torch.Tensor) else joined]
+
+    def _covered(self, call: ModelCall, degrees: Degrees, rows: int) -> None:
+        """Make room where this rank's ``rows`` of ``call`` need more than ComfyUI was told, as with fewer text tokens than ranks."""
+        shape = call.latents[0].shape
+        if self._estimate is not None and self._estimate.active and (told := self.part(shape)) < 1.0:
+            whole = bool(calls.first_patch(call.options))
+            if (rows if whole else self._amount(replace(degrees, batch=1), rows, shape)) > told * shape[0] + 1e-6:
+                self.make_room()
 
     def _collect(self, rank: int, first: Any, latents: list[torch.Tensor], rows: int) -> Any:
         """What ``rank`` computed for ``rows`` rows of ``latents``, in the form of this rank's own result ``first``."""

@@ -18,4 +18,5 @@ PLAN = Plan(
     streams=("img",),
     heads="num_attention_heads",
     text="context",
+    outside=0.25,
 )

@@ -30,6 +30,7 @@ PREDICT2 = Plan(
     heads="num_heads",
     patch="patch_spatial",
     fewest=rows,
+    outside=0.32,
 )
 
 

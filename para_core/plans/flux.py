@@ -45,4 +45,5 @@ PLAN = Plan(
     options=("rope_options",),
     text="context",
     control=True,
+    outside=0.3,
 )

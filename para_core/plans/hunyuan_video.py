@@ -27,4 +27,5 @@ PLAN = Plan(
     control=True,
     options=("sigmas", "sample_sigmas"),
     decline=decline,
+    outside=0.35,
 )

@@ -23,4 +23,5 @@ PLAN = Plan(
     heads="num_attention_heads",
     patch="patchifier.patch_size",
     options=("stg_self_attn_blocks", "stg_skip_self_attn"),
+    outside=0.55,
 )

@@ -20,4 +20,5 @@ PLAN = Plan(
     streams=("img",),
     heads="num_heads",
     text="context",
+    outside=0.36,
 )

@@ -105,6 +105,8 @@ class Plan:
         sequence in between; the stream is gathered there.
     rebuilt: "argument.key" of what is no plain data in a call and is built by the forward where it is missing.
     decline: decline(model), why this very model cannot be cut, or "".
+    outside: the largest part of a forward's memory that is needed outside of the cut blocks, by embedders or the tail, over
+        its peak on one card; 1: nobody has looked, and ComfyUI is told that splitting a sequence saves nothing.
     special: what is special about the family, for the README's table.
     """
 
@@ -124,11 +126,18 @@ class Plan:
     final: str = ""
     rebuilt: tuple[str, ...] = ()
     decline: Callable[[Any], str] | None = None
+    outside: float | Callable[[Any], float] = 1.0
     special: str = ""
 
     @cached_property
     def segments(self) -> frozenset[str]:
         return frozenset(name for spec in self.stacks for name in spec.segments)
+
+    def held_outside(self, model: Any) -> float:
+        """``outside`` of this very model; 1 where tokens are whole between blocks, or shards must end at borders of frames."""
+        if self.borders == "whole" or any(spec.units for spec in self.stacks):
+            return 1.0
+        return self.outside(model) if callable(self.outside) else self.outside
 
     @cached_property
     def gatherable(self) -> bool:

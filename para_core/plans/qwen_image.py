@@ -21,4 +21,5 @@ PLAN = Plan(
     heads="transformer_blocks.0.num_attention_heads",
     text="context",
     control=True,
+    outside=0.32,
 )
