@@ -24,7 +24,7 @@ PLAN = Plan(
     streams=("img",),
     heads="num_heads",
     options=("rope_options",),
-    # not where frames have timesteps (TI2V), whose modulation every row then holds, and not with a camera's convolutions
+    # nothing is saved where every row holds its frame's modulation (TI2V) or convolutions look at a camera's path
     outside=lambda model: 1.0 if model.in_dim == 48 or type(model).__name__ == "CameraWanModel" else 0.42,
 )
 
