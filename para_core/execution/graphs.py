@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,19 @@ class Recorder:
     def end(self) -> None:
         self.parts[-1].capture_end()
 
+    def abandon(self) -> None:
+        """End a capture that failed.
+
+        One that CUDA has called off cannot be ended through torch, whose allocator would take the process to be in the
+        middle of a capture from then on, and not free memory any more. There is no public way to tell it.
+        """
+        try:
+            self.end()
+        except RuntimeError:
+            with suppress(RuntimeError):  # nor will it hear of what has ended
+                torch.cuda.memory._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                torch.cuda.memory._cuda_releasePool(torch.cuda.current_device(), self._pool)
+
     def after_first(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
         self.taps += [before, after]
         self.end()
@@ -110,13 +124,14 @@ class Graphs:
             if self._seen[key] <= WARM:
                 with self.constants:
                     return call(*args, **kwargs)
+            failure = None
             try:
                 capture = self._capture(key, call, leaves, tree, cache)
             except RuntimeError as error:
-                self.failure = str(error).splitlines()[0]
-                self._say(f"This run goes on without CUDA graphs: {self.failure}")
-                torch.cuda.synchronize()
-                return call(*args, **kwargs)
+                failure = next(iter(str(error).splitlines()), type(error).__name__)
+            if failure is not None:  # out here, the error's frames no longer hold the memory of what was captured
+                return self._uncaptured(failure, call, args, kwargs)
+        assert capture is not None
         self.captures.move_to_end(key)
         for static, tensor in zip(capture.inputs, tensors, strict=True):
             static.copy_(tensor)
@@ -136,22 +151,35 @@ class Graphs:
         stream.wait_stream(torch.cuda.current_stream())
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
-            recorder.begin()
             try:
+                recorder.begin()
                 self.constants.answering = True
                 if cache is not None:
                     cache.tap = recorder
                 with self.constants:
                     output = call(*args, **kwargs)
+                recorder.end()
+            except BaseException:
+                recorder.abandon()
+                raise
             finally:
                 self.constants.answering = False
                 if cache is not None:
                     cache.tap = None
-                recorder.end()
         torch.cuda.current_stream().wait_stream(stream)
         inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.captures[key] = Capture(recorder.parts, inputs, recorder.taps, output)
         return self.captures[key]
+
+    def _uncaptured(self, failure: str, call: Forward, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The call as it is, and no more captures in this run: unless it fails as well, which then was not the capture's fault."""
+        self.drop()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        result = call(*args, **kwargs)
+        self.failure = failure
+        self._say(f"This run goes on without CUDA graphs: {failure}")
+        return result
 
     def drop(self) -> None:
         """Forget every capture and free what they hold."""

@@ -36,6 +36,7 @@ _DTYPES = {
 }
 
 _POLL = 0.0002  # seconds between looks at a call in progress
+_ENDED = 5.0  # seconds that ``close`` waits for an aborted communicator to be gone
 
 
 class _UniqueId(ctypes.Structure):
@@ -117,6 +118,7 @@ class Nccl:
         self._rank, self._size, self._device, self._life = rank, size, device, life
         self._lock = threading.Lock()  # held during calls, which are short; not while polling
         self._aborted = False
+        self._ending: threading.Thread | None = None
         self._aside = torch.cuda.Stream(device)
         self._comm = ctypes.c_void_p()
         unique, config = _UniqueId.from_buffer_copy(bytes.fromhex(store.get("id").decode())), _non_blocking()
@@ -165,16 +167,27 @@ class Nccl:
         self._state()
 
     def abort(self) -> None:
-        """Free the GPU from pending collectives, and close. For any thread; takes up to a second or so."""
+        """Free the GPU from pending collectives, and close. For any thread; does not wait.
+
+        ``ncclCommAbort`` ends what is on the GPU at once, but returns only when no CUDA graph holds a collective of this
+        communicator any more. Those graphs are another thread's to drop, which must not wait for this one meanwhile.
+        """
         with self._lock:
             if not self._aborted:
                 self._aborted = True
                 if self._comm:
-                    with torch.cuda.device(self._device):
-                        _library().ncclCommAbort(self._comm)
+                    self._ending = threading.Thread(target=self._end, name="paradit-abort", daemon=True)
+                    self._ending.start()
+
+    def _end(self) -> None:
+        with torch.cuda.device(self._device):
+            _library().ncclCommAbort(self._comm)
 
     def close(self) -> None:
+        """Waits a moment until the communicator is gone: a process that ends before may crash on its way out."""
         self.abort()
+        if self._ending is not None:
+            self._ending.join(_ENDED)
 
     def __del__(self) -> None:
         if not getattr(self, "_aborted", True):

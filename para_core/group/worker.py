@@ -93,7 +93,7 @@ class Worker:
             raise
         except Exception as error:  # noqa: BLE001  the process boundary: whatever went wrong is rank 0's to judge
             self._failed(error)
-        if not self._usable():  # here the error's frames, and the tensors in them, have gone
+        if not self._usable():  # here the error's frames, and the tensors and CUDA graphs in them, have gone
             self._leave()
 
     def _listen(self) -> None:
@@ -130,12 +130,14 @@ class Worker:
             traceback.print_exception(error, file=sys.stderr)
             sys.stderr.flush()
         self.channel.tell("failed", {"epoch": self._epoch, "message": one_line(error), "peer": peer})
-        self._drop_communicator(abort=True)
+        if self._comm is not None:
+            self._comm.abort()
         self._drop_runner()
 
     def _usable(self) -> bool:
         """Free what a failure left behind. False after errors that CUDA never recovers from within a process."""
         gc.collect()
+        self._drop_communicator(abort=True)
         if self.device.type == "cuda":
             try:
                 torch.cuda.synchronize(self.device)
