@@ -284,7 +284,7 @@ class Server:
             if self.process.poll() is not None:
                 raise self._failure(f"the ComfyUI server ended with code {self.process.returncode} while starting")
             try:
-                urllib.request.urlopen(self.url + "/system_stats", timeout=5).close()
+                urllib.request.urlopen(self.url + "/queue", timeout=5).close()
                 return
             except OSError:
                 time.sleep(0.1)

@@ -1,7 +1,8 @@
 """A sidecar that fails where a test says: a script for workers, beside the real one.
 
 The file that $FAULT names holds {"rank": 1, "at": place, "after": times, "how": what}. It is removed when the fault happens,
-so each happens once. Places: exchange (an attention exchange), join, receive (weights), patch.
+so each happens once; $FAULT with ".at" added then holds the time. Places: exchange (an attention exchange), capture (one that
+becomes part of a CUDA graph), replay (of a CUDA graph, just launched), join, receive (weights), patch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.remove(str(Path(__file__).resolve().parent))
@@ -18,6 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 from para_core import sidecar  # noqa: E402
+from para_core.execution.graphs import Capture  # noqa: E402
 from para_core.group.communicator import Communicator  # noqa: E402
 from para_core.group.worker import Worker  # noqa: E402
 
@@ -36,6 +39,7 @@ def reached(place: str) -> None:
     if state["seen"] <= order.get("after", 0):
         return
     ORDER.unlink()
+    ORDER.with_name(f"{ORDER.name}.at").write_text(str(time.time()))
     if order["how"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if order["how"] == "stop":
@@ -47,7 +51,8 @@ def reached(place: str) -> None:
     raise ValueError("the kernel did not like these numbers")
 
 
-all_to_all, broadcast, on_join, on_model, on_patches = (
+replay, all_to_all, broadcast, on_join, on_model, on_patches = (
+    Capture.replay,
     Communicator.all_to_all,
     Communicator.broadcast,
     Worker.on_join,
@@ -57,8 +62,14 @@ all_to_all, broadcast, on_join, on_model, on_patches = (
 
 
 def exchange(self, *args):
-    reached("exchange")
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    reached("capture" if capturing else "exchange")
     return all_to_all(self, *args)
+
+
+def launch(self, cache):
+    replay(self, cache)
+    reached("replay")
 
 
 def join(self, order):
@@ -86,6 +97,7 @@ def patches(self, order):
     return on_patches(self, order)
 
 
+Capture.replay = launch
 Communicator.all_to_all = exchange
 Communicator.broadcast = receive
 Worker.on_join = join

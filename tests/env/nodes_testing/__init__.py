@@ -106,9 +106,24 @@ class TestPrompt(io.ComfyNode):
         return io.NodeOutput(stock.prompt(case, stock.patcher(case)[1], scale))
 
 
+class TestOneCard(io.ComfyNode):
+    """From here on ranks share this model's GPU: for machines with one. Rank 0 needs an NCCL_HOSTID of its own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(node_id="TestOneCard", category="testing", inputs=[io.Model.Input("model")], outputs=[io.Model.Output()])
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        sidecars = next(module for name, module in [*sys.modules.items()] if name.endswith(".para_core.comfy.sidecars"))
+        sidecars.devices = lambda settings, own, _say: [f"cuda:{own.index or 0}"] * (settings.gpus - 1)
+        sidecars.group()._pool._environment["NCCL_HOSTID"] = "paradit-rank1"
+        return io.NodeOutput(model)
+
+
 class TestingExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TestConditioning, TestEmojiPrompt, TestLatent, TestModel, TestPrompt]
+        return [TestConditioning, TestEmojiPrompt, TestLatent, TestModel, TestOneCard, TestPrompt]
 
 
 async def comfy_entrypoint() -> TestingExtension:
