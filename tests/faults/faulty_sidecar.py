@@ -53,7 +53,7 @@ def reached(place: str) -> None:
 
 replay, all_to_all, broadcast, on_join, on_model, on_patches = (
     Capture.replay,
-    Communicator.all_to_all,
+    Communicator._all_to_all,
     Communicator.broadcast,
     Worker.on_join,
     Worker.on_model,
@@ -61,10 +61,10 @@ replay, all_to_all, broadcast, on_join, on_model, on_patches = (
 )
 
 
-def exchange(self, *args):
+def exchange(self, *args, **options):
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     reached("capture" if capturing else "exchange")
-    return all_to_all(self, *args)
+    return all_to_all(self, *args, **options)
 
 
 def launch(self, cache):
@@ -98,7 +98,7 @@ def patches(self, order):
 
 
 Capture.replay = launch
-Communicator.all_to_all = exchange
+Communicator._all_to_all = exchange
 Communicator.broadcast = receive
 Worker.on_join = join
 Worker.on_model = model

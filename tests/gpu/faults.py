@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -190,12 +191,10 @@ def inside(name: str, folder: Path, *, cpu: bool, only: str) -> None:
     faulthandler.dump_traceback_later(LIMIT - 10)  # where it hangs, if it does
     case, order = CASES[name], folder / f"{name}.json"
     os.environ["FAULT"] = str(order)
-    from env.comfy_import import boot_comfy
+    from env.comfy_import import boot_comfy, dynamic_vram
 
     boot_comfy(*(["--cpu"] if cpu else case.flags))
     if not cpu:
-        from gpu.weights import dynamic_vram
-
         dynamic_vram()
     import comfy.sd
     import torch
@@ -237,8 +236,8 @@ class Trial:
         self.shared = attach(self.single, Parallel(2))
         sample(base, cpu=cpu)
         self.stock = sample(base, cpu=cpu)
-        self.messages = 0
-        """Exchanges of a forward, where Python sees each."""
+        self.messages = self.calls = 0
+        """Exchanges and attention calls of a forward, where Python sees each."""
         self.level: int | None = None
 
     def row(self, fault: Fault) -> list[str]:
@@ -290,7 +289,6 @@ class Trial:
         from para_core.execution.runner import AttentionOverride
 
         replay, compute, call, seen = Capture.replay, AttentionOverride.compute, AttentionOverride.__call__, 0
-        blocks = self.messages // 2  # attention calls of a forward
         graph = self.case.graph and not self.cpu
 
         def fail() -> None:
@@ -309,7 +307,7 @@ class Trial:
             nonlocal seen
             now = not graph or torch.cuda.is_current_stream_capturing() == (fault.stage == "capture")
             seen += now
-            if now and not at and seen > 2 + (0 if graph else blocks * {"first": 0, "capture": 1, "later": 3}[fault.stage]):
+            if now and not at and seen > 2 + (0 if graph else self.calls * {"first": 0, "capture": 1, "later": 3}[fault.stage]):
                 fail()
 
         def replayed(capture: Any, cache: Any) -> None:
@@ -364,21 +362,29 @@ class Trial:
 
     def calm(self) -> tuple[Prompt, list[str]]:
         """A prompt without a fault, and what of it is not as it should be."""
+        from para_core.execution.runner import AttentionOverride
         from para_core.group.communicator import Communicator
 
         self.group.timeouts.heartbeat = 20.0
-        exchange, seen = Communicator.all_to_all, []
+        counts: Counter[str] = Counter()
 
-        def counted(*args: Any) -> None:
-            seen.append(1)
-            exchange(*args)
+        def counted(holder: Any, name: str) -> Any:
+            function = getattr(holder, name)
 
-        with patch.object(Communicator, "all_to_all", counted):
+            def counting(*args: Any, **options: Any) -> Any:
+                counts[name] += 1
+                return function(*args, **options)
+
+            return patch.object(holder, name, counting)
+
+        with counted(Communicator, "_all_to_all"), counted(AttentionOverride, "__call__"), counted(AttentionOverride, "compute"):
             found = run(self.shared, cpu=self.cpu)
         wrong = []
         report = found.report
         forwards = 2 if self.case.graph and not self.cpu else STEPS  # that Python sees
-        self.messages = self.messages or len(seen) // forwards
+        if self.level is None:
+            self.messages = counts.pop("_all_to_all") // forwards
+            self.calls = counts.total() // forwards
         if report["ranks"] != 2 or report["notes"]:
             wrong.append(f"next prompt: {report['ranks']} ranks, {report['notes']}")
         if self.case.graph and not self.cpu and report["replays"] < STEPS - 1:
