@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_patcher
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import WrappersMP
 
 from ..settings import Accelerate, Attention, Cache, Compile, Parallel
-from . import sidecars
 from .session import KEY, sample
 
 Settings = Accelerate | Parallel | Attention | Cache | Compile
@@ -26,6 +25,4 @@ def attach(model: comfy.model_patcher.ModelPatcher, settings: Settings) -> comfy
     model.model_options[KEY] = found
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)
-    model.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
-    model.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, sidecars.detached)
     return model

@@ -12,7 +12,7 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import torch
-from comfy_execution.utils import get_executing_context
+from comfy.patcher_extension import CallbacksMP
 
 from ..group.group import Group
 from ..group.member import Held
@@ -26,6 +26,7 @@ MOST_CPU_RANKS = 8
 _group: Group | None = None
 _ids: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _next_id = itertools.count(1)
+_stand_ins: dict[str, comfy.model_patcher.ModelPatcher] = {}  # by device
 
 
 def group() -> Group:
@@ -34,6 +35,7 @@ def group() -> Group:
     if _group is None:
         _group = Group(SCRIPT, _hello)
         atexit.register(_group.close)  # a communicator that is still open would abort the process
+        atexit.register(_stand_ins.clear)  # patchers do not end well once the modules they use have gone
     return _group
 
 
@@ -94,6 +96,8 @@ def load(patcher: comfy.model_patcher.ModelPatcher, working: float = 0) -> None:
     working: bytes that computing needs beside the weights. Raises Unshareable, Untransportable, RankLost.
     """
     number, recipe, target = model_id(patcher), models.recipe(patcher), models.held(patcher)
+    for member in group().members:
+        _stand_in(member.device)
     how, origin = models.options(patcher), files.origin(patcher)
     if origin is not None and (files.offloaded(patcher, working) or not group().fits(number, patcher.model_size())):
         state = f"{target.state} {working}"  # with other needs it is loaded anew
@@ -102,10 +106,30 @@ def load(patcher: comfy.model_patcher.ModelPatcher, working: float = 0) -> None:
         group().load(number, recipe, target, lambda layers: models.units(patcher, layers), how)
 
 
-def detached(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
-    """ON_DETACH callback: "free model memory" frees the sidecars too.
+class Sidecars(torch.nn.Module):
+    """What ComfyUI sees of the weights in sidecars: a model without any."""
 
-    While a node runs, ComfyUI is only making room on this rank's card, and the other cards are not concerned.
+
+def _stand_in(device: str) -> None:
+    """Have the weights of sidecars on ``device`` be among the models that ComfyUI has loaded there, so that it can unload them.
+
+    The model that they were sent from does not do for that: ComfyUI may have unloaded it long before, for want of room on its
+    own card, which is no reason for the others, and our nodes' clone of it may have gone.
     """
-    if unpatch_all and get_executing_context() is None and patcher.model in _ids:
-        _forget(_ids[patcher.model])
+    patcher = _stand_ins.get(device)
+    if patcher is None:
+        patcher = comfy.model_patcher.ModelPatcher(Sidecars(), load_device=torch.device(device), offload_device=torch.device("cpu"))
+        patcher.add_callback(CallbacksMP.ON_DETACH, _unloaded)
+        _stand_ins[device] = patcher
+    if not any(loaded is patcher for loaded in comfy.model_management.loaded_models()):
+        # not by load_models_gpu: asking how much memory is free there costs a CUDA context, some hundred MB of it
+        loaded = comfy.model_management.LoadedModel(patcher)
+        loaded.model_load()
+        comfy.model_management.current_loaded_models.append(loaded)
+
+
+def _unloaded(_patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
+    """ON_DETACH callback: ComfyUI wants the memory."""
+    if unpatch_all:
+        for number in list(_ids.values()):
+            _forget(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import json
 import os
@@ -16,7 +17,8 @@ import psutil
 from env import graphs
 from env.prepare import Environment
 from env.server import Server
-from faults.sampling import Prompt, check_full, scripts
+from faults.sampling import Prompt, check_full, sample, scripts
+from parity.inprocess import load
 
 WAN_BYTES = 32e6  # the tiny Wan model
 
@@ -86,6 +88,35 @@ def test_unloaded_models_are_freed_in_the_workers_and_sent_again_when_needed(gro
     assert within(3, lambda: not any(member.models for member in group.members))
     check_full(Prompt())
     assert group.counts["models"] == models + 1
+
+
+def test_sidecars_are_freed_on_request_whatever_became_of_the_model_on_the_first_rank(group) -> None:
+    import comfy.model_management
+
+    from para_core.comfy.attach import attach
+    from para_core.settings import Parallel
+
+    def held() -> bool:
+        return any(member.models for member in group.members)
+
+    model = attach(load("flux"), Parallel(2))
+    sample(model, Prompt())
+    del model  # a node's result that ComfyUI keeps no longer
+    gc.collect()
+    comfy.model_management.unload_all_models()
+    assert within(3, lambda: not held())
+
+    check_full(Prompt())
+    comfy.model_management.unload_model_and_clones(load("flux"))  # as where its card needs room for another
+    with group._lock:
+        group._drop_unwanted()
+    assert held()
+    comfy.model_management.unload_all_models()
+    assert within(3, lambda: not held())
+    check_full(Prompt())
+    check_full(Prompt())
+    names = [type(patcher.model).__name__ for patcher in comfy.model_management.loaded_models()]
+    assert names.count("Sidecars") == 1
 
 
 def test_workers_leave_after_a_while_without_prompts_and_are_started_again(group) -> None:
