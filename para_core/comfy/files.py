@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.cli_args
 import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
@@ -19,6 +18,7 @@ import comfy.sd
 import comfy.weight_adapter
 import torch
 
+from . import flags
 from .model import PREFIX, Unshareable
 
 LOADERS = {loader.__name__: loader for loader in (comfy.sd.load_diffusion_model, comfy.sd.load_checkpoint_guess_config)}
@@ -99,13 +99,6 @@ def _patch(strength: float, value: Any, strength_model: float, offset: Any) -> t
 
 def _dynamic_vram(device: torch.device) -> None:
     """What ComfyUI's main program does for rank 0: weights move by the page, and stay in their file until then."""
-    if comfy.memory_management.aimdo_enabled:
-        return
-    import comfy_aimdo.control  # loads a driver library, which only this way of loading needs
-
-    args = comfy.cli_args.args
-    headroom = None if args.reserve_vram is None else int(args.reserve_vram * 2**30)
-    comfy_aimdo.control.init(simple_vram_headroom=headroom)
-    if comfy_aimdo.control.init_devices([device.index]):
+    if not comfy.memory_management.aimdo_enabled and flags.dynamic_vram(device.index):
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True

@@ -108,8 +108,9 @@ def outcome(call: list[str], name: str) -> list[list[str]]:
     except subprocess.TimeoutExpired as late:
         text, code = "".join(part.decode() if isinstance(part, bytes) else part or "" for part in (late.stdout, late.stderr)), "late"
     found = [json.loads(line.partition("ROW ")[2]) for line in text.splitlines() if line.startswith("ROW ")]
+    if not found or code != "0" or any("ok" not in one[2] for one in found):
+        print("\n".join(text.splitlines()[-60:]), flush=True)
     if not found or code != "0":
-        print("\n".join(text.splitlines()[-30:]), flush=True)
         found.append([f"{name:20}", f"{'-':5}", "FAIL", f"ended with {code}: {last(text)[:150]}"])
     print("\n".join([f"== {name}: {time.time() - started:.0f} s", *(" ".join(one) for one in found)]), flush=True)
     return found
@@ -155,7 +156,7 @@ def inside(name: str, folder: Path, *, cpu: bool) -> None:
     group = sidecars.group()
     group._pool._environment["NCCL_HOSTID"] = "paradit-rank1"
     with torch.inference_mode():
-        warm = loaded(folder / "warm.safetensors", "default")
+        warm = loaded(folder / "warm.safetensors", case.weight_dtype)  # libraries that its arithmetic needs are loaded now
         sample(shared(warm, settings))
         del warm
         base = loaded(folder / "flux.safetensors", case.weight_dtype)
