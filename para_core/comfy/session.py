@@ -24,7 +24,7 @@ from ..execution.runner import AttentionOverride, KernelBroken, Runner
 from ..group.codec import Untransportable
 from ..group.member import RankLost
 from ..log import log
-from ..plans import Plan, PlanError, plan_for
+from ..plans import PlanError, plan_for
 from ..sequence.mesh import Degrees
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
@@ -159,7 +159,7 @@ class Session:
                 self.model,
                 chooser,
                 cached=caching,
-                compiled=self._compiles(plan, cut=bool(devices)),
+                compiled=self._compiles(),
                 stock=optimized_attention,
                 foreign=bool(self.foreign),
             )
@@ -181,16 +181,13 @@ class Session:
             for place, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
                 add_wrapper_with_key(place, KEY, wrapper, self.options, is_model_options=True)
 
-    def _compiles(self, plan: Plan, *, cut: bool) -> bool:
-        """Whether blocks are compiled in this run, in which they may be cut; what stands against it is said."""
+    def _compiles(self) -> bool:
+        """Whether blocks are compiled in this run; what stands against it is said."""
         if self.compiling is None or not self.compiling.blocks:
             return False
         code = calls.first_patch(self.options["transformer_options"]) or self.foreign
         if code:
             self.notes.say(f"Blocks are not compiled: {code} runs inside of them.")
-        elif cut and not plan.compilable:
-            self.notes.say(f"Blocks are not compiled: those of {plan.family} cannot be yet where GPUs share a forward.")
-            return False
         return not code
 
     def graph(self, options: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Any, Protocol
@@ -20,14 +20,14 @@ import torch
 
 from ..attention.call import Call
 from ..log import log
-from ..plans.plan import Blocks, attribute
+from ..plans.plan import attribute
 from ..sequence.hooks import Hooks
 from ..sequence.replace import replace
 from .rotary import inductor
 
 
 class Attend(Protocol):
-    """Attention as this run computes it. ``exchanged``: whether the call sees the tokens of all ranks."""
+    """Attention as this run computes it. ``place``: which of the block's calls that see the tokens of all ranks, or None."""
 
     def compute(
         self,
@@ -37,7 +37,7 @@ class Attend(Protocol):
         mask: torch.Tensor | None,
         scale: float | None,
         *,
-        exchanged: bool,
+        place: int | None,
         low_precision: bool,
     ) -> torch.Tensor: ...
 
@@ -57,7 +57,7 @@ def number(attend: Attend) -> int:
 @torch.library.custom_op(
     "paradit::attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, int run, bool exchanged, bool low_precision) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, int run, int? place, bool low_precision) -> Tensor",
 )
 def operation(
     q: torch.Tensor,
@@ -66,19 +66,19 @@ def operation(
     mask: torch.Tensor | None,
     scale: float | None,
     run: int,
-    exchanged: bool,
+    place: int | None,
     low_precision: bool,
 ) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` -> ``(B, H, S, D)``, memory ``(B, S, H, D)``."""
     attend = _runs.get(run)
     if attend is None:
         raise RuntimeError(f"attention run {run} is gone: its sampling run has ended")
-    out = attend.compute(q, k, v, mask, scale, exchanged=exchanged, low_precision=low_precision)
+    out = attend.compute(q, k, v, mask, scale, place=place, low_precision=low_precision)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @operation.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, scale, run: int, exchanged: bool, low_precision: bool) -> torch.Tensor:
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, scale, run: int, place: int | None, low_precision: bool) -> torch.Tensor:
     batch, heads, rows, dim = q.shape
     return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
 
@@ -100,33 +100,22 @@ class CompiledBlocks:
         self._kept = hooks.plan.options
         self.around: Callable[[], AbstractContextManager] = nullcontext
         """What compiled code runs in."""
-        local, exchanged = ({option: functools.partial(override, self._number, flag)} for flag in (False, True))
         forwards: dict[type, Callable] = {}
         hooks.release_submodules()
-        for spec, blocks in hooks.stacks:
+        for spec, blocks in (*hooks.stacks, *hooks.sides):
             for block in blocks:
                 if type(block) not in forwards:
                     forwards[type(block)] = torch.compile(type(block).forward, fullgraph=True, backend=backend)
-                self._mark(spec, block, exchanged)
-                forward = self._wrap(block, forwards[type(block)], local if spec.exchange else exchanged)
-                self._undo.append(replace(block, "forward", forward))
+                for place, name in enumerate(spec.exchange or ()):
+                    exchanged = functools.partial(override, self._number, [place if isinstance(spec.exchange, Mapping) else 0])
+                    self._undo.append(mark(attribute(block, name), {option: exchanged}))
+                turns = () if spec.exchange else tuple(range(len(spec.calls)))
+                self._undo.append(replace(block, "forward", self._wrap(block, forwards[type(block)], option, turns)))
 
-    def _mark(self, spec: Blocks, block: torch.nn.Module, exchanged: dict[str, Any]) -> None:
-        """Have the submodules whose attention is exchanged use the exchanging operation."""
-        for name in spec.exchange or ():
-            module = attribute(block, name)
-            original = type(module).forward
-
-            def forward(*args, _module=module, _original=original, **kwargs):
-                given = kwargs.get("transformer_options") or {}
-                own = {**given, **exchanged} if patched(given) else exchanged
-                return _original(_module, *args, **{**kwargs, "transformer_options": own})
-
-            self._undo.append(replace(module, "forward", forward))
-
-    def _wrap(self, block: torch.nn.Module, compiled: Callable, options: dict[str, Any]) -> Callable:
+    def _wrap(self, block: torch.nn.Module, compiled: Callable, option: str, turns: tuple[int, ...]) -> Callable:
         def forward(*args, **kwargs):
             given = kwargs.get("transformer_options") or {}
+            options = {option: functools.partial(override, self._number, list(turns))}
             if patched(given):
                 return type(block).forward(block, *args, **{**kwargs, "transformer_options": {**given, **options}})
             kwargs["transformer_options"] = {**options, **{name: given[name] for name in self._kept if name in given}}
@@ -150,6 +139,18 @@ class CompiledBlocks:
             self._undo.pop()()
 
 
+def mark(module: torch.nn.Module, exchanged: dict[str, Any]) -> Callable[[], None]:
+    """Have a submodule of a block use the exchanging operation. Returns what undoes it."""
+    original = type(module).forward
+
+    def forward(*args, **kwargs):
+        given = kwargs.get("transformer_options") or {}
+        own = {**given, **exchanged} if patched(given) else exchanged
+        return original(module, *args, **{**kwargs, "transformer_options": own})
+
+    return replace(module, "forward", forward)
+
+
 def patched(options: dict[str, Any]) -> bool:
     """Whether code of other nodes runs inside the block: nodes may add it in the middle of a run."""
     return bool(options.get("patches"))
@@ -159,11 +160,18 @@ def dense(value: Any) -> Any:
     return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
-def override(run: int, exchanged: bool, func: Callable, *args, **kwargs) -> torch.Tensor:
-    """The attention override inside compiled blocks."""
+def override(run: int, turns: list[int], func: Callable, *args, **kwargs) -> torch.Tensor:
+    """The attention override inside compiled blocks.
+
+    turns: places of the calls that see the tokens of all ranks, the next one first; without any, calls stay on this rank.
+    The compiler may put calls in another order, so each carries its place.
+    """
+    place = turns[0] if turns else None
+    if len(turns) > 1:
+        turns.append(turns.pop(0))
     call = Call.parse(func, args, kwargs)
     q, k = rows_first(call.q), rows_first(call.k)
-    return call.output(torch.ops.paradit.attention(q, k, call.v, call.mask, call.scale, run, exchanged, call.low_precision))
+    return call.output(torch.ops.paradit.attention(q, k, call.v, call.mask, call.scale, run, place, call.low_precision))
 
 
 def rows_first(x: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ class AttentionOverride:
         mask: torch.Tensor | None,
         scale: float | None,
         *,
-        exchanged: bool,
+        place: int | None,
         low_precision: bool,
     ) -> torch.Tensor:
         """Attention inside compiled blocks: q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` -> ``(B, H, S, D)``."""
@@ -72,8 +72,8 @@ class AttentionOverride:
         call = Call.parse(self.stock, (q, k, v, q.shape[1]), kwargs)
         forward = self.hooks.forward if self.hooks is not None else None
         exchange = None
-        if exchanged and forward is not None and forward.block and forward.mesh.sequence.size > 1:
-            exchange = self._exchange(forward.mesh, *forward.block[0])
+        if place is not None and forward is not None and forward.block and forward.mesh.sequence.size > 1:
+            exchange = self._exchange(forward.mesh, *forward.block[place % len(forward.block)])
         return attend_call(exchange, call, self.chooser.kernel(call))
 
     def _exchange(self, mesh: Mesh, q: Joint, kv: Joint) -> Exchange:

@@ -80,6 +80,11 @@ class Blocks:
         return tuple((call, call) for call in calls)
 
     @cached_property
+    def calls(self) -> tuple[tuple[Segments, Segments], ...]:
+        """The same where each submodule has its own: in the order of ``exchange``."""
+        return tuple(self.exchange.values()) if isinstance(self.exchange, Mapping) else self.joints
+
+    @cached_property
     def segments(self) -> Segments:
         return tuple(dict.fromkeys(name for _, _, segments in self.held for name in segments))
 
@@ -143,11 +148,6 @@ class Plan:
     def gatherable(self) -> bool:
         """Whether every attention call inside its blocks can be brought together on one rank."""
         return all(spec.exchange is None or spec.crosses for spec in self.stacks)
-
-    @cached_property
-    def compilable(self) -> bool:
-        """Whether compiled blocks can be cut: they exchange one kind of attention call a block, and none in side lists."""
-        return all(len(spec.joints) == 1 and not spec.side for spec in self.stacks)
 
     @cached_property
     def whole(self) -> frozenset[str]:

@@ -33,7 +33,7 @@ class Forward:
 
     sharded: tokens are cut and have not been gathered for good. whole: segments that are whole all the same, between two
     blocks. attending: layouts of queries and keys of the exchanged attention calls, in turn, while such calls may happen,
-    else None. block: those of the running block, whether or not such a call is happening. inside: the block list of the
+    else None. block: those of the running block (``Blocks.calls``), whether or not such a call is happening. inside: the block list of the
     running block, None between blocks. crossing: segments of the queries while a submodule runs that attends to what every
     rank has whole. sources: what the running block's tokens were cut from, where all are made whole after it.
     skipping: blocks hand on what they are given. over: only the first rank goes on.
@@ -148,7 +148,7 @@ class Hooks:
 
     def _before(self, spec: Blocks, names: list[str], module: torch.nn.Module) -> Callable:
         last, first = module is self.last, module is self.first
-        joints, everything = spec.joints, spec.exchange is None
+        joints, calls, everything = spec.joints, spec.calls, spec.exchange is None
         tables, rules = list(spec.tables.items()), list(spec.rules.items())
 
         def before(_module, args, kwargs):
@@ -179,7 +179,7 @@ class Hooks:
                 value = block.get(name)
                 if value is not None:
                     block.put(name, rule(cut, value))
-            forward.block, forward.inside = cut.pairs(joints), spec
+            forward.block, forward.inside = cut.pairs(calls), spec
             if everything:
                 forward.enter(forward.block, joints)
             return tuple(block.args), block.kwargs

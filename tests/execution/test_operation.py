@@ -17,16 +17,16 @@ D = 8
 class Attend:
     """Attention of a run without ranks."""
 
-    def compute(self, q, k, v, mask, scale, *, exchanged, low_precision):
+    def compute(self, q, k, v, mask, scale, *, place, low_precision):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def test_the_operation_declares_what_it_returns():
     attend, q = Attend(), torch.randn(2, 3, 5, D)
     run = compiled.number(attend)
-    torch.library.opcheck(torch.ops.paradit.attention.default, (q, q, q, torch.zeros(5, 5), 0.5, run, True, True))
-    torch.library.opcheck(torch.ops.paradit.attention.default, (q, q, q, None, None, run, False, False))
-    assert torch.ops.paradit.attention(q, q, q, None, None, run, True, True).transpose(1, 2).is_contiguous()
+    torch.library.opcheck(torch.ops.paradit.attention.default, (q, q, q, torch.zeros(5, 5), 0.5, run, 0, True))
+    torch.library.opcheck(torch.ops.paradit.attention.default, (q, q, q, None, None, run, None, False))
+    assert torch.ops.paradit.attention(q, q, q, None, None, run, 0, True).transpose(1, 2).is_contiguous()
 
 
 def test_compiled_code_holds_the_operation_and_no_graph_break():
@@ -40,7 +40,7 @@ def test_compiled_code_holds_the_operation_and_no_graph_break():
     @torch.compile(backend=keep, fullgraph=True)
     def block(x):
         q = (2 * x).unflatten(-1, (3, D)).transpose(1, 2)
-        return torch.ops.paradit.attention(q, q, q, None, None, run, True, True).transpose(1, 2).flatten(2) + 1
+        return torch.ops.paradit.attention(q, q, q, None, None, run, 0, True).transpose(1, 2).flatten(2) + 1
 
     x = torch.randn(2, 5, 3 * D)
     q = (2 * x).unflatten(-1, (3, D)).transpose(1, 2)
@@ -66,12 +66,12 @@ def test_an_operation_on_a_finished_run_says_so():
     del attend
     gc.collect()
     with pytest.raises(RuntimeError, match="has ended"):
-        torch.ops.paradit.attention(q, q, q, None, None, run, True, True)
+        torch.ops.paradit.attention(q, q, q, None, None, run, 0, True)
 
 
 def test_the_module_can_be_loaded_again():
     """ComfyUI loads packs under names of its own; a second load registers the operation again."""
     again = importlib.reload(compiled)
     attend, q = Attend(), torch.randn(1, 1, 5, D)
-    out = torch.ops.paradit.attention(q, q, q, None, None, again.number(attend), True, True)
+    out = torch.ops.paradit.attention(q, q, q, None, None, again.number(attend), 0, True)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q))

@@ -12,6 +12,7 @@ from unit.fake_comm import fake_comms, fake_meshes, on_ranks
 
 from para_core.attention.choice import Chooser
 from para_core.cache.first_block import Step, chunks
+from para_core.execution.compiled import CompiledBlocks
 from para_core.execution.runner import OVERRIDE, Runner
 from para_core.plans import plan_for
 from para_core.sequence.layout import balanced
@@ -73,6 +74,7 @@ def shared(
     thresholds: Sequence[float] | None = None,
     exchanged: bool = True,
     whole: bool = False,
+    compiled: str | None = None,
     options: dict[str, Any] | None = None,
     previous: Callable[..., torch.Tensor] | None = None,
     around: Callable[[Runner, int, int], Callable[..., torch.Tensor]] | None = None,
@@ -81,12 +83,15 @@ def shared(
 
     batch: replicas, each with some of the batch rows. speeds: of the ranks of a replica, for uneven shares. thresholds: of
     the First Block Cache, one a step (None: no cache). exchanged=False leaves the exchange out; whole makes tokens whole
-    between blocks. options: more transformer options, of code in them a replica's first rank has all, and the others what
+    between blocks. compiled: torch.compile's backend, where blocks are compiled. options: more transformer options, of code in them a replica's first rank has all, and the others what
     would travel; previous: the attention override of another pack, of which the same is true; around: what stands in front of
     the runner's override, made from it and the replica's batch rows. One rank runs on ``model`` itself.
     """
+    from comfy.ldm.modules.attention import optimized_attention
+
     from para_core.comfy import calls, lanes, patches
 
+    said: list[str] = []
     size = ring * ulysses
     world = batch * size
     copies = [copy.deepcopy(model) for _ in range(world)] if world > 1 else [model]
@@ -105,6 +110,9 @@ def shared(
         foreign = previous is not None and plan.gatherable and size > 1
         chooser = Chooser(None, previous if first or not foreign else None)
         runner = Runner(plan, mine, chooser, cached=thresholds is not None, foreign=foreign)
+        if compiled is not None:
+            runner.override.stock = optimized_attention
+            runner.compiled = CompiledBlocks(runner.hooks, runner.override, OVERRIDE, said.append, backend=compiled)
         together = patches.Together(runner.hooks)
         entry, names = getattr(mine, calls.entry(mine)), calls.names(mine)
         step: Step | None = None
@@ -143,6 +151,7 @@ def shared(
 
     comms = [*everyone, *(comm for mesh in meshes for comm in (mesh.sequence, mesh.ulysses, mesh.ring))] if world > 1 else []
     found = on_ranks(world, work, comms)
+    assert not said, said  # else blocks ran as they are
     hits = found[0][1]
     assert all(theirs == hits for _, theirs in found)
     assert all(result is None for rank, (results, _) in enumerate(found) if rank % size for result in results)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from parity.inprocess import attached, reports
 
-from para_core.plans import PLANS
-from para_core.settings import Cache, Compile, Parallel
+from para_core.settings import Cache, Parallel
 
 from .cases import CASES
 from .ranks import error
@@ -59,22 +58,6 @@ def test_run_over_processes_equals_stock(name: str, split: str) -> None:
     (report,) = lines
     assert report["notes"] == [] and report["degrees"] == ([2, 1, 1] if parallel.batch_degree == 2 else [1, 1, 2])
     assert error(result, expected) < 1e-5 * STEPS * 3
-
-
-@pytest.mark.parametrize("name", ["ltx 2", "sd3.5 medium"])
-def test_compiled_blocks_that_could_not_exchange_are_not_compiled(name: str) -> None:
-    model, call = patcher(name)
-    expected = sample(model, name, call, 1.0)
-    with reports() as lines:
-        result = sample(attached(model, Parallel(2), Compile("compile")), name, call, 1.0)
-    (note,) = lines[0]["notes"]
-    assert note.startswith("Blocks are not compiled: those of ") and lines[0]["degrees"] == [1, 1, 2]
-    assert error(result, expected) < 1e-5 * STEPS * 3
-
-
-def test_families_whose_cut_blocks_are_not_compiled_are_known() -> None:
-    families = {plan.family for plan in PLANS if not plan.compilable}
-    assert families == {"LTX-2", "Stable Diffusion 3", "Wan VACE"}, "the help page of Compile Blocks names them"
 
 
 def test_degrees_are_lowered_to_the_rows_there_are() -> None:
