@@ -59,7 +59,8 @@ SEVERAL = ("ltx 2", "sd3.5 medium", "wan vace")  # blocks with several kinds of 
 def compiled_and_shared() -> list:
     known = {case if isinstance(case, str) else case.values[0]: case for case in some(21)}
     assert known.keys() >= set(SEVERAL)
-    return [name if name in SEVERAL else case for name, case in known.items() if name in NAMES]
+    # Z-Image Omni sorts row numbers, which the compiler takes for variables once they differ, as between these ranks of one process.
+    return [name if name in SEVERAL else case for name, case in known.items() if name in NAMES and name != "z-image omni"]
 
 
 @pytest.mark.parametrize("name", compiled_and_shared(), ids=ids)
