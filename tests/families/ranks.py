@@ -83,7 +83,8 @@ def shared(
 
     batch: replicas, each with some of the batch rows. speeds: of the ranks of a replica, for uneven shares. thresholds: of
     the First Block Cache, one a step (None: no cache). exchanged=False leaves the exchange out; whole makes tokens whole
-    between blocks. compiled: torch.compile's backend, where blocks are compiled. options: more transformer options, of code in them a replica's first rank has all, and the others what
+    between blocks. compiled: torch.compile's backend, where blocks are compiled.
+    options: more transformer options, of code in them a replica's first rank has all, and the others what
     would travel; previous: the attention override of another pack, of which the same is true; around: what stands in front of
     the runner's override, made from it and the replica's batch rows. One rank runs on ``model`` itself.
     """
