@@ -211,6 +211,16 @@ class Chooser:
             return "it gives no log-sum-exp"
         return backend.refuse(request)
 
+    def forecast(
+        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float | None, *, needs_lse: bool, low_precision_ok: bool
+    ) -> tuple[Backend | None, float | None]:
+        """What would compute such a call (None: the stock function or another node's), and its measured seconds if they are known."""
+        if self.setting is None or self.previous is not None:
+            return None, None
+        decision = self.decide(q, k, mask, scale, needs_lse=needs_lse, low_precision_ok=low_precision_ok)
+        backend = decision.candidates[0]
+        return backend, self.timings.seconds(decision.request, backend.name, batch=q.shape[0])
+
     def report(self) -> list[str]:
         """What computed the calls of this run, one line per backend and per reason for falling back."""
         lines = [f"{name}: {calls} calls" for name, calls in self.uses.most_common()]

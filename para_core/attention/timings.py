@@ -101,6 +101,11 @@ class Timings:
         exact = {backend.name: backend.exact for backend in self.backends}
         return tuple(sorted(known, key=lambda name: known[name] * (1.0 if exact.get(name, True) else MARGIN)))
 
+    def seconds(self, request: Request, name: str, *, batch: int) -> float | None:
+        """What backend ``name`` takes for such a call of ``batch`` rows, by what was measured; None where nothing was."""
+        known = self.table.get(kind(request), {}).get(name)
+        return None if known is None else known * 1e-3 * batch * request.heads / fewer_heads(request).heads
+
     def load(self, device: torch.device) -> None:
         """Take what the file remembers for this device. A file that cannot be read is left alone, and said in the log."""
         self._environment = environment(device)

@@ -45,3 +45,13 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, into: torch.Tensor, me
     torch.addcmul(scales * -128.0, codes, scales, out=into)
     if mean is not None:
         into.add_(mean)
+
+
+def round_trip(x: torch.Tensor, *, keys: bool = False) -> torch.Tensor:
+    """``(B, H, S, D)`` as it would arrive; ``keys``: less its rough mean on the way."""
+    rows = x.permute(2, 0, 1, 3)[None]
+    codes, scales = torch.empty_like(rows, dtype=torch.uint8), rows.new_empty(*rows.shape[:-1], 1, dtype=torch.float32)
+    mean, result = rough_mean(rows) if keys else None, torch.empty_like(rows)
+    quantise(rows, codes, scales, mean)
+    dequantise(codes, scales, result, mean)
+    return result[0].permute(1, 2, 0, 3)

@@ -262,7 +262,7 @@ class Session:
             "timeline": timeline,
             "cache": dataclasses.asdict(self.caching) if self.caching is not None and self.decisions is not None else None,
             "changes": [[record.sigma, list(record.changes), record.hit] for record in records],
-            "exchange": self.meter.exchange() if degrees.world > 1 else None,
+            "exchange": self._exchange() if degrees.world > 1 else None,
             "attention": self.chooser.report() if self.chooser is not None else [],
             "backend": self.attention.backend if self.attention is not None else None,
             "override": calls.title(previous) if previous is not None else None,
@@ -270,6 +270,10 @@ class Session:
             "replays": self.runner.graphs.replays if self.runner is not None else 0,
             "notes": self.notes.said,
         }
+
+    def _exchange(self) -> dict[str, Any]:
+        assert self.runner is not None, "there is no split without one"
+        return {**self.meter.exchange(), **self.runner.override.ways.report()}
 
     # -- the model's forward ------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..cache.first_block import Step, chunks
 from ..execution import gain, memory
+from ..execution.ways import Machine
 from ..group.codec import Untransportable
 from ..group.group import GroupError
 from ..group.member import RankLost
@@ -67,6 +68,8 @@ class Split:
                 session.notes.say(reason)
                 self.make_room()
                 return result
+            assert session.runner is not None
+            session.runner.override.ways.machine = self._machine()
             self.group.measure(session.meter.exchanged)
             sidecars.load(session.patcher, comfy.sampler_helpers.estimate_memory(*args[:3])[0])
             self.group.begin(
@@ -133,6 +136,13 @@ class Split:
         if times > gain.WORTH:
             return ""
         return f"This run is not split: on this link between the GPUs a step would take {1 / times:.2g} times as long."
+
+    def _machine(self) -> Machine | None:
+        """The measured link and memory that the exchange is planned by; None where it goes as it is."""
+        device = self.session.patcher.load_device
+        if not processors_of_their_own(device) or not self.plan.stacks or self.session.foreign:
+            return None
+        return Machine(self.group.link(), gain.memory_rate(device))
 
     def stop(self) -> None:
         """The group is of no more use to this run."""
@@ -221,14 +231,15 @@ class Split:
         graph, whole = session.graph(options), patches.mixes(options)
         parts = [model_calls[index].part(start, stop, calls.travelling(model_calls[index].options)) for index, start, stop in shares]
         parts = [calls.without(part, session.names, self.plan.rebuilt) for part in parts]
-        alike = {"graph": graph, "kernels": self.kernels, "patches": patches.marks(options), "whole": whole}
+        assert session.runner is not None
+        ways = session.runner.override.ways.decide()
+        alike = {"graph": graph, "kernels": self.kernels, "ways": ways, "patches": patches.marks(options), "whole": whole}
         order = {
             "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
             "shares": [{**alike, "part": part, "cache": step_data(step)} for part, step in zip(parts, steps, strict=True)],
         }
         self.kernels = {}
         index, start, stop = shares[0]
-        assert session.runner is not None
         args, kwargs = model_calls[index].part(start, stop, patches.Together(session.runner.hooks).lead(model_calls[index].options))
         with uninterrupted(), group.step(order) as (mesh, comm):
             first = session.runner.run(

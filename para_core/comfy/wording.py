@@ -78,6 +78,8 @@ def _ranks(report: dict[str, Any]) -> str:
         return "Ranks: 1"
     many = ranks(report).replace(" ranks", "")
     sent = f"{exchange['bytes'] / 1e6:.3g} MB sent a forward by the first rank"
+    sent += ", q, k and v as int8" if exchange["wire"] else ""
+    sent += f", heads in up to {exchange['parts']} parts" if exchange["parts"] > 1 else ""
     if exchange["share"] is None:
         return f"Ranks: {many}; {sent}, the time for it was not measured"
     return f"Ranks: {many}; exchange and waiting {exchange['share']:.0%} of the time, {sent}"

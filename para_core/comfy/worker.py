@@ -85,6 +85,7 @@ class Run:
         """A replica's result as one flat tensor, on its first rank."""
         if share["kernels"]:
             self.runner.learn(share["kernels"])
+        self.runner.override.ways.learn(share["ways"])
         args, kwargs = share["part"]
         cache = share["cache"]
         arguments = Arguments(self.names, args, kwargs)

@@ -21,6 +21,17 @@ EFFICIENCY = 0.6
 """Share of the matrix rate that a whole forward reaches (FLUX.1-dev 1024², H100, bf16: 74 TFLOP in 180 ms at 700 TFLOP/s)."""
 WORTH = 1.05
 """Least forecast gain for which a run is split."""
+LAUNCH = 5e-6
+"""Seconds of a small kernel, its launch included."""
+QUANTISING, QUANTISING_LAUNCHES = 5.5, 14
+"""Bytes moved for each byte of q, k and v that travels quantised, more than for one that does not; kernels for it on two ranks."""
+PART_LAUNCHES = 10
+"""Kernels that packing and unpacking another part takes."""
+PART_COST = 0.02
+"""Share of attention's time that is lost where it is computed in parts."""
+PARTS = (2, 4)
+HIDDEN = 0.2
+"""Least share of the exchange that cutting heads in parts must hide."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,42 @@ def seconds(work: Work, degrees: Degrees, rate: float, link: Link | None = None)
 def gain(work: Work, degrees: Degrees, rate: float, link: Link) -> float:
     """How many times faster a step on ``degrees`` should be than on one rank."""
     return seconds(work, Degrees(), rate) / seconds(work, degrees, rate, link)
+
+
+def message(size: float, link: Link) -> float:
+    """Seconds of a collective in which a rank sends ``size`` bytes."""
+    return max(link.latency, size / link.rate) if size else 0.0
+
+
+def saved_by_bytes(elements: float, itemsize: int, dim: int, link: Link, memory: float) -> float:
+    """Seconds that a call gains where ``elements`` of q, k and v travel in one byte each, and a float for each ``dim``.
+
+    ``memory``: bytes a second that a rank's memory copies (read and written counted).
+    """
+    saved = message(elements * itemsize, link) - message(elements * (1 + 4 / dim), link)
+    return saved - QUANTISING * elements * itemsize / memory - QUANTISING_LAUNCHES * LAUNCH
+
+
+def parts(there: float, back: float, attention: float, link: Link, most: int) -> int:
+    """In how many parts heads should travel, so that all but the first and last message are hidden behind attention.
+
+    ``there``, ``back``: seconds of the messages before and after ``attention``'s. ``most``: parts there can be.
+    """
+
+    def exposed(count: int) -> float:
+        before, after = (max(whole / count, min(whole, link.latency)) for whole in (there, back))
+        late = max(0.0, (count - 1) * (before + after - attention / count))
+        return before + after + late + PART_COST * attention + (count - 1) * PART_LAUNCHES * LAUNCH
+
+    found = min((count for count in PARTS if count <= most), key=exposed, default=1)
+    return found if found > 1 and exposed(found) <= (1 - HIDDEN) * (there + back) else 1
+
+
+@lru_cache(maxsize=8)
+def memory_rate(device: torch.device, size: int = 1 << 26) -> float:
+    """Bytes a second, read and written, of a copy of ``size`` bytes on a CUDA ``device``, measured once."""
+    one, other = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2.0 * size / least_seconds(lambda: other.copy_(one), device)
 
 
 @lru_cache(maxsize=8)

@@ -9,7 +9,7 @@ import torch
 
 from ..attention.call import Call
 from ..attention.choice import Chooser
-from ..attention.exchange import Exchange, attend_call
+from ..attention.exchange import PLAIN, Exchange, attend_call
 from ..attention.foreign import attend_on_first
 from ..attention.traffic import Traffic
 from ..cache.first_block import FirstBlockCache, Step
@@ -20,6 +20,7 @@ from ..sequence.layout import Joint
 from ..sequence.mesh import Comm, Mesh
 from .compiled import CompiledBlocks
 from .graphs import Graphs
+from .ways import Ways
 
 OVERRIDE = "optimized_attention_override"
 
@@ -33,6 +34,7 @@ class AttentionOverride:
 
     def __init__(self, chooser: Chooser, hooks: Hooks | None, stock: Callable | None = None, *, foreign: bool = False):
         self.chooser, self.hooks, self.stock, self.foreign = chooser, hooks, stock, foreign
+        self.ways = Ways(chooser)
         self.traffic = Traffic()
         self._exchanges: dict[tuple[int, Joint, Joint], Exchange] = {}
 
@@ -49,7 +51,7 @@ class AttentionOverride:
         elif self.chooser.setting is None and self.chooser.previous is None:
             return func(*args, **kwargs)
         call = Call.parse(func, args, kwargs)
-        return attend_call(exchange, call, self.chooser.kernel(call))
+        return self._attend(exchange, call)
 
     def compute(
         self,
@@ -74,7 +76,11 @@ class AttentionOverride:
         exchange = None
         if place is not None and forward is not None and forward.block and forward.mesh.sequence.size > 1:
             exchange = self._exchange(forward.mesh, *forward.block[place % len(forward.block)])
-        return attend_call(exchange, call, self.chooser.kernel(call))
+        return self._attend(exchange, call)
+
+    def _attend(self, exchange: Exchange | None, call: Call) -> torch.Tensor:
+        way = PLAIN if exchange is None else self.ways.way(exchange, call)
+        return attend_call(exchange, call, self.chooser.kernel(call), way)
 
     def _exchange(self, mesh: Mesh, q: Joint, kv: Joint) -> Exchange:
         key = (id(mesh), q, kv)
@@ -179,7 +185,8 @@ class Runner:
             options = arguments.get("transformer_options") or {}
             kept = (*self.hooks.plan.options, OVERRIDE)
             arguments.put("transformer_options", {name: value for name, value in options.items() if name in kept})
-            result = self.graphs.run(forward, tuple(arguments.args), arguments.kwargs, id(mesh), whole, cache=self.cache if step else None)
+            identity = (id(mesh), whole, self.override.ways.identity())
+            result = self.graphs.run(forward, tuple(arguments.args), arguments.kwargs, *identity, cache=self.cache if step else None)
         else:
             result = forward(*arguments.args, **arguments.kwargs)
         if not self.override.chooser.end_forward():

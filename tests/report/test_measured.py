@@ -130,6 +130,26 @@ def test_ranks_degrees_and_exchange_are_reported(comfy, monkeypatch, ranks, para
 
 
 @pytest.mark.parametrize("ranks", [2])
+def test_what_travels_as_bytes_and_in_parts_is_told_to_sidecars_and_reported(comfy, monkeypatch, ranks):
+    from para_core.attention.exchange import Way
+    from para_core.comfy.split import Split
+    from para_core.execution.ways import Machine, Ways
+    from para_core.sequence.mesh import Link
+
+    plain, before = run(Job(steps=3), Parallel(2))
+    assert before["exchange"]["wire"] is None and before["exchange"]["parts"] == 1
+    monkeypatch.setattr(Split, "_machine", lambda self: Machine(Link(1e-4, 1e6), 1e12))
+    monkeypatch.setattr(Ways, "_choose", lambda self, name, met, machine: Way(wire=True, parts=2))
+    latents, line = run(Job(steps=3), Parallel(2))
+    _, text = found(latents)
+    assert line["ranks"] == ranks and line["notes"] == before["notes"]
+    assert line["exchange"]["wire"] == "int8" and line["exchange"]["parts"] == 2
+    assert "MB sent a forward by the first rank, q, k and v as int8, heads in up to 2 parts" in text
+    assert line["exchange"]["bytes"] < 0.8 * before["exchange"]["bytes"], "two of three forwards sent less"
+    assert 0 < (latents - plain).norm() < 0.02 * plain.norm()
+
+
+@pytest.mark.parametrize("ranks", [2])
 def test_conditions_at_one_noise_level_are_one_step(comfy, ranks):
     job = Job(cfg=5.0, tokens=(11, 7), steps=3)
     _, one = run(job, Cache(1e-9))
