@@ -87,6 +87,7 @@ def test_a_run_is_split_if_the_measured_link_is_fast_for_the_processor(comfy, mo
     from para_core.settings import Accelerate
 
     monkeypatch.setattr(gain, "matrix_rate", lambda device, dtype: rate)
+    monkeypatch.setattr(gain, "memory_rate", lambda device: 1e9)
     monkeypatch.setattr(split, "processors_of_their_own", lambda device: True)
     stock = inprocess.sample(inprocess.load("flux"), JOB)
     latent, report = inprocess.run(inprocess.load("flux"), JOB, Accelerate(gpus=2, cache="off"))
