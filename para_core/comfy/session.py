@@ -332,10 +332,9 @@ class Session:
         assert self.split is not None and self.runner is not None
         self.notes.say(reason)
         self.split.stop()
-        self.runner.graphs.drop()  # they hold the memory of the group's steps, and its communicator
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.forget()
-        self.runner.graphs.drop()  # they hold the memory of shared steps
+        self.runner.graphs.drop()  # they hold the memory of shared steps, and the group's communicator
         self.split.make_room()
 
     def forget(self) -> None:

@@ -99,8 +99,9 @@ class Graphs:
     ordinary forward would, so one that cannot capture still fits the others.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], device_type: str = "cuda") -> None:
         self._say = say
+        self._device_type = device_type
         self.constants = Constants()
         self.captures: OrderedDict[Hashable, Capture] = OrderedDict()
         self.replays = 0
@@ -114,7 +115,7 @@ class Graphs:
         """``call(*args, **kwargs)``, by replay where a call like this one has been captured; a hit of ``cache`` skips a part."""
         leaves, tree = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if self.failure is not None or not all(tensor.is_cuda for tensor in tensors):
+        if self.failure is not None or any(tensor.device.type != self._device_type for tensor in tensors):
             return call(*args, **kwargs)
         rest = tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
         key = (str(tree), rest, context, cache is None)

@@ -114,3 +114,24 @@ def test_a_failure_that_nobody_hears_of_any_more_ends_the_process_at_once(worker
     worker._orders.put(("step", None))
     with pytest.raises(Left):
         worker.serve()
+
+
+def test_a_failed_worker_drops_its_run_before_it_closes_its_communicator(worker):
+    """NCCL closes a communicator when no CUDA graph of the run holds it any more."""
+    events: list[str] = []
+
+    class Comm:
+        def abort(self) -> None:
+            events.append("abort")
+
+        def close(self) -> None:
+            events.append("close")
+
+    def fail(payload: Any) -> None:
+        raise ValueError("no")
+
+    worker._comm, worker._runner, worker.on_step = Comm(), "run", fail
+    worker.host.end = lambda _runner: events.append("end")
+    worker._answer("step", None)
+    assert [kind for kind, _ in worker.channel.told] == ["failed"]
+    assert events[:2] == ["abort", "end"] and events[-1] == "close"
