@@ -6,10 +6,11 @@
     python bench.py attention    every kernel on the shapes of these models, and what is chosen there
     python bench.py cache        a step with a cache that never hits against one without; a cached step against a full one
     python bench.py group        start of a group of two ranks, and the model's way to the second one
+    python bench.py report       writes the tables of RESULTS.md and the README's bars from the records
     python bench.py quality      pictures of every way of saving work beside those of the uncached run (see quality.py);
                                  writes records/quality.json, quality.png and its part of RESULTS.md
 
-Several can be named; none means all but quality. Each case runs in a process of its own, with memory set up as ComfyUI's main
+Several can be named; none means all that measure but quality. Each case runs in a process of its own, with memory set up as ComfyUI's main
 program does it. Every row is written as soon as it is there, to a JSON record (hardware, versions, date, commit) in the folder
 ``--out``; a call that was cut off goes on with ``--resume RECORD``. A row that fails says why, and the rest goes on.
 """
@@ -28,6 +29,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
+import pages  # noqa: E402
 from env import comfy_import  # noqa: E402
 from record import RECORDS, Record, Stale, machine  # noqa: E402
 
@@ -39,6 +41,9 @@ STALE = 3  # exit status of a part that may not add to the record
 
 def main() -> int:
     options = arguments()
+    if options.what == ["report"]:
+        pages.write()
+        return 0
     if options.what == ["quality"]:
         import quality
 
@@ -50,8 +55,10 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*COMMANDS, "quality"]
-    parser.add_argument("what", nargs="*", choices=[*names, []], metavar="COMMAND", help=f"of {', '.join(names)}; default: all but quality")
+    names = [*COMMANDS, "report", "quality"]
+    parser.add_argument(
+        "what", nargs="*", choices=[*names, []], metavar="COMMAND", help=f"of {', '.join(names)}; default: all that measure but quality"
+    )
     parser.add_argument("--quick", action="store_true", help="few repeats and tiny models: only shows that the command works")
     parser.add_argument("--cpu", action="store_true", help="without CUDA, where there is a card")
     parser.add_argument("--models", help=f"for steps and peers: which, separated by commas ({MODELS})")

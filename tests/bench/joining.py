@@ -37,6 +37,7 @@ def measure(record: Record, options: Namespace) -> None:
         print("group: needs two GPUs")
         return
     model = cases.from_file(NAME, sized(CASES[NAME], options), options.folder)
+    sidecars.group().close()
     with torch.inference_mode():
         comfy.model_management.load_models_gpu([model])
         for way, function in ways.items():

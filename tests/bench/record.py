@@ -107,8 +107,19 @@ def machine(commit: str) -> dict[str, str]:
         **({"cudnn": str(torch.backends.cudnn.version())} if cuda else {}),
         **({"driver": driver.group()} if driver and cuda else {}),
         **{package: version for package in PACKAGES if (version := installed(package))},
+        **kitchen(),
         "device": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}" if cuda else f"{platform.machine()} CPU",
     }
+
+
+def kitchen() -> dict[str, str]:
+    """comfy-kitchen's version, and which of its ways to compute work here: stock's speed depends on it."""
+    version = installed("comfy-kitchen")
+    if version is None:
+        return {}
+    import comfy_kitchen
+
+    return {"comfy-kitchen": f"{version} ({', '.join(name for name, way in comfy_kitchen.list_backends().items() if way['available'])})"}
 
 
 def memory() -> str:

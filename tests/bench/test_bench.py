@@ -1,0 +1,150 @@
+"""The benchmark's own machinery, and that every command runs: on tiny models, so no number here means anything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pages
+import pytest
+from record import RECORDS, Record, Stale
+from rows import TimeIsUp, attempt
+
+BENCH = Path(__file__).resolve().parent
+
+
+def test_readme_and_results_say_what_the_records_say() -> None:
+    for name, text in pages.pages(pages.read(RECORDS)).items():
+        page = (pages.ROOT / name).read_text(encoding="utf-8")
+        assert page == pages.between(page, name, text), f"{name}: run `bench.py report`"
+
+
+def bench(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, str(BENCH / "bench.py"), *arguments, "--cpu", "--out", str(out)]
+    return subprocess.run(call, capture_output=True, text=True, timeout=170, check=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """What all commands record with --quick."""
+    out = tmp_path_factory.mktemp("bench")
+    done = bench(out, "--quick", "--commit", "one")
+    assert done.returncode == 0, done.stdout + (out / "bench.log").read_text()
+    return Record.read(next(out.glob("*.json")))
+
+
+def test_every_command_runs_and_no_row_of_it_fails(quick: Record) -> None:
+    assert {table: [row.get("failed") for row in rows if "failed" in row] for table, rows in quick.tables.items()} == {
+        name: [] for name in ("overhead", "steps", "attention", "cache", "group")
+    }
+    ways = {(row["case"], row["way"]): row for row in quick.tables["steps"]}
+    assert list(ways) == [
+        *(("flux-1024", way) for way in ("stock", "1 rank, exact, off", "2 ranks, exact, off")),
+        *(("defaults", way) for way in ("stock", "Accelerate, 1 rank", "Accelerate, 2 ranks")),
+    ]
+    assert ways["flux-1024", "2 ranks, exact, off"]["ranks"] == 2
+    assert all(row["error"] < 1e-5 and 0 < row["launch_ms"] and 0 < row["step_ms"] for row in ways.values())
+    assert all(row["over"] == 1 and row["remembered"] for row in quick.tables["attention"] if row["way"] in ("auto", "exact"))
+    hits = [row for row in quick.tables["cache"] if row["way"].startswith("hit")]
+    assert hits and all(row["cached_steps"] >= 5 for row in hits)
+    assert quick.machine["commit"] == "one" and {row["memory"] for row in quick.tables["steps"]} == {"CPU"}
+
+
+def test_a_later_call_adds_what_is_missing_and_measures_nothing_twice(quick: Record, tmp_path: Path) -> None:
+    before = {table: [dict(row) for row in rows] for table, rows in quick.tables.items()}
+    before["overhead"] = [row for row in before["overhead"] if row["measure"] == "header"]
+    before["attention"][0] = {**before["attention"][0], "failed": "as if"}
+    cut = Record(tmp_path / "cut.json", quick.machine, {name: before[name] for name in ("steps", "overhead", "attention")})
+    cut.write()
+    done = bench(tmp_path / "out", "steps", "attention", "--quick", "--commit", "one", "--resume", str(cut.path))
+    assert done.returncode == 0, done.stdout
+    after = Record.read(tmp_path / "out" / "cut.json")
+    assert after.tables["steps"] == before["steps"] and after.tables["overhead"] == before["overhead"]
+    assert len(after.tables["attention"]) == len(before["attention"]) and not any("failed" in row for row in after.tables["attention"])
+
+
+def test_a_record_of_another_commit_is_not_gone_on_with(tmp_path: Path) -> None:
+    record = Record(tmp_path / "record.json")
+    record.take({"commit": "one", "torch": "2", "device": "a card"})
+    record.take({"commit": "one", "torch": "2", "device": "a card"})
+    for other in ({"commit": "two"}, {"device": "another"}, {"driver": "5"}):
+        with pytest.raises(Stale, match=next(iter(other))):
+            record.take({"commit": "one", "torch": "2", "device": "a card", **other})
+    Record(record.path, {"commit": "unknown"}).write()
+    with pytest.raises(Stale, match="--commit"):
+        Record.read(record.path).resume()
+
+
+def options(**changes: Any) -> Namespace:
+    return Namespace(**{"deadline": time.time() + 60, "row_limit": 60, **changes})
+
+
+def test_a_row_that_raises_is_written_as_failed_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    record = Record(tmp_path / "record.json")
+    with attempt(record, "steps", {"case": "a", "way": "b"}, options()) as row:
+        row["step_ms"] = 1.0
+        raise ValueError("no such kernel\nand more")
+    with attempt(record, "steps", {"case": "a", "way": "c"}, options()) as row:
+        written = Record.read(record.path).find("steps", case="a", way="c")
+        assert written is not None and "failed" in written, "a process that ends here has said what it was doing"
+        row["step_ms"] = 2.0
+    first, second = Record.read(record.path).tables["steps"]
+    assert first == {"case": "a", "way": "b", "failed": "ValueError: no such kernel", "took_s": first["took_s"]}
+    assert second["step_ms"] == 2.0 and "failed" not in second
+    with pytest.raises(TimeIsUp), attempt(record, "steps", {"case": "a", "way": "d"}, options(deadline=0.0)):
+        pass
+    assert record.find("steps", way="d") is None
+
+
+def test_a_row_that_hangs_ends_its_process_and_is_not_tried_again_in_that_call(tmp_path: Path) -> None:
+    script = (
+        f"import sys, time; sys.path.insert(0, {str(BENCH)!r})\n"
+        "from argparse import Namespace; from pathlib import Path; from record import Record; from rows import attempt\n"
+        f"record = Record.read(Path({str(tmp_path / 'record.json')!r}))\n"
+        "with attempt(record, 'steps', {'case': 'a', 'way': 'b'}, Namespace(deadline=9e9, row_limit=0.2)):\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script.replace("9e9", "9e10")], capture_output=True, timeout=60, check=False)
+    record = Record.read(tmp_path / "record.json")
+    assert done.returncode == 1 and "took too long" in record.tables["steps"][0]["failed"]
+    record.machine = {"commit": "one"}
+    record.resume()
+    assert record.tables["steps"] == [], "a later call tries it again"
+
+
+def step(way: str, ms: float, **more: Any) -> dict[str, Any]:
+    return {"case": "flux-1024", "way": way, "memory": "native", "step_ms": ms, **more}
+
+
+def made(time: str, **tables: Any) -> Record:
+    machine = {"time": time, "date": time[:10], "commit": "abc", "torch": "2.11", "device": "1 x NVIDIA H100"}
+    return Record(Path("made"), machine, tables)
+
+
+def test_pages_show_the_newest_record_of_a_case_with_other_packages_and_failures() -> None:
+    older = made("2026-01-01T10:00", steps=[step("stock", 300.0), {**step("stock", 9.0), "case": "wan-480p"}])
+    failed = {"case": "flux-1024", "way": "1 rank, auto, off", "memory": "native", "failed": "RuntimeError: no"}
+    newer = made(
+        "2026-01-01T11:00",
+        steps=[step("stock", 200.0), step("2 ranks, auto, off", 100.0, ranks=2), failed],
+        peers=[{**step("diffusers, native", 160.0), "memory": "torch's own"}],
+    )
+    for records in ([newer, older], sorted([older, newer], key=pages.when, reverse=True)):
+        found = pages.pages(records)
+        readme, results = found["README.md"], found["tests/bench/RESULTS.md"]
+        assert "| stock | 200.0 | `████████████` 1.00 |" in readme and "300.0" not in readme
+        assert "| 2 GPUs, auto, off | 100.0 | `████████████████████████` 2.00 |" in readme and "several GPUs" not in readme
+        assert "| diffusers, native | 160.0 | `███████████████` 1.25 |" in readme
+        assert "failed: RuntimeError: no" in results and "RuntimeError" not in readme
+        assert results.index(pages.TITLES["flux-1024"]) < results.index(pages.TITLES["wan-480p"])
+
+
+def test_numbers_of_the_cpu_are_not_shown_as_speed() -> None:
+    record = made("2026-01-01T11:00", steps=[step("stock", 200.0)])
+    record.machine["device"] = "x86_64 CPU"
+    assert "200" not in json.dumps(pages.pages([record]))
