@@ -27,13 +27,13 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+sys.path[:0] = [path for path in (str(HERE.parents[1]), str(HERE.parent)) if path not in sys.path]
 
 import pages  # noqa: E402
 from env import comfy_import  # noqa: E402
 from record import RECORDS, Record, Stale, machine  # noqa: E402
 
-COMMANDS = ("overhead", "steps", "peers", "attention", "cache", "group")
+COMMANDS = ("overhead", "attention", "group", "steps", "peers", "cache")
 MODELS = "flux-1024,flux-2048,wan-480p,defaults"
 ATTEMPTS = 6  # processes that one part may end
 STALE = 3  # exit status of a part that may not add to the record

@@ -44,7 +44,6 @@ def measure(record: Record, options: Namespace) -> None:
             with attempt(record, "group", {"case": NAME, "way": way, "memory": memory()}, options) as row:
                 row.update(function(model))
     sidecars.group().end()
-    sidecars.group().close()
 
 
 def start() -> float:

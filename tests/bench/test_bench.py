@@ -55,17 +55,34 @@ def test_every_command_runs_and_no_row_of_it_fails(quick: Record) -> None:
     assert quick.machine["commit"] == "one" and {row["memory"] for row in quick.tables["steps"]} == {"CPU"}
 
 
-def test_a_later_call_adds_what_is_missing_and_measures_nothing_twice(quick: Record, tmp_path: Path) -> None:
-    before = {table: [dict(row) for row in rows] for table, rows in quick.tables.items()}
-    before["overhead"] = [row for row in before["overhead"] if row["measure"] == "header"]
-    before["attention"][0] = {**before["attention"][0], "failed": "as if"}
-    cut = Record(tmp_path / "cut.json", quick.machine, {name: before[name] for name in ("steps", "overhead", "attention")})
-    cut.write()
-    done = bench(tmp_path / "out", "steps", "attention", "--quick", "--commit", "one", "--resume", str(cut.path))
-    assert done.returncode == 0, done.stdout
-    after = Record.read(tmp_path / "out" / "cut.json")
-    assert after.tables["steps"] == before["steps"] and after.tables["overhead"] == before["overhead"]
-    assert len(after.tables["attention"]) == len(before["attention"]) and not any("failed" in row for row in after.tables["attention"])
+def test_a_later_call_adds_what_is_missing_and_measures_nothing_twice(comfy: None, quick: Record, tmp_path: Path) -> None:
+    import attention_kernels
+    import bench as command
+    import caching
+    import steps
+
+    before = {name: [dict(row) for row in quick.tables[name]] for name in ("steps", "attention", "cache")}
+    before["attention"][0]["failed"] = "as if"
+    Record(tmp_path / "cut.json", quick.machine, before).write()
+    given = options(resume=tmp_path / "cut.json", out=tmp_path / "out", quick=True, backends="exact", modes="off")
+    record = command.begin(given)
+    assert record.path == tmp_path / "out" / "cut.json" and len(record.tables["attention"]) == len(before["attention"]) - 1
+    for case in ("flux-1024", "defaults"):
+        steps.measure(record, case, given, tmp_path)
+    caching.measure(record, given)
+    attention_kernels.measure(record, given)
+    after = Record.read(record.path)
+    assert after.tables["steps"] == before["steps"] and after.tables["cache"] == before["cache"]
+    keys = [{(row["case"], row["way"]) for row in rows} for rows in (after.tables["attention"], before["attention"])]
+    assert keys[0] == keys[1] and not any("failed" in row for row in after.tables["attention"])
+    assert after.find("attention", case="Wan 720p", way="pytorch") == before["attention"][-8]
+
+
+def test_a_new_record_takes_no_other_ones_name(tmp_path: Path) -> None:
+    import bench as command
+
+    given = options(resume=None, out=tmp_path, quick=False, cpu=True, what=["steps"])
+    assert len({command.begin(given).path for _ in range(3)}) == 3
 
 
 def test_a_record_of_another_commit_is_not_gone_on_with(tmp_path: Path) -> None:
