@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resume", type=Path, metavar="RECORD", help="leave out the rows of this record, and write it with the others")
     parser.add_argument("--commit", default="", help="what is measured, where git cannot tell")
     parser.add_argument("--minutes", type=float, default=9, help="begin no row after so many")
-    parser.add_argument("--row-limit", type=float, default=200, help="seconds after which a row counts as hung")
+    parser.add_argument("--row-limit", type=float, default=280, help="seconds after which a row counts as hung")
     parser.add_argument("--dynamic-vram", action="store_true", help="ComfyUI's default; without it weights stay on the card")
     parser.add_argument("--cuda-malloc", action="store_true", help="cudaMallocAsync in any case; ComfyUI decides by torch's version")
     parser.add_argument("--disable-cuda-malloc", action="store_true", help="torch's own allocator")
@@ -147,7 +147,8 @@ def until_done(name: str, path: Path, options: argparse.Namespace) -> None:
             return
         if status == STALE:
             raise Stale("Nothing was measured.")
-        print(f"{name} ended with {status}:", *log.read_text().splitlines()[-25:], sep="\n  ", flush=True)
+        lines = [line[:200] for line in log.read_text(errors="replace").splitlines() if not line.startswith("INFO")]
+        print(f"{name} ended with {status}:", *lines[-25:], sep="\n  ", flush=True)
         if path.read_text() == before:
             return
     print(f"{name}: no time is left; go on with --resume {path}", flush=True)

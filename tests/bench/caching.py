@@ -20,7 +20,7 @@ from para_core.settings import Attention, Cache, Compile
 
 NAME = "flux-1024"
 PAIRS = 6  # runs without and with the cache, in turns: clocks and temperature are the same for both
-STEPS = 10
+STEPS = 11
 NEVER, ALWAYS = 1e-30, 1e30  # thresholds
 
 
@@ -38,19 +38,20 @@ def measure(record: Record, options: Namespace) -> None:
     for way, what, rule, mode in missing:
         with attempt(record, "cache", {"case": NAME, "way": way, "memory": memory()}, options) as row:
             plain = attach(attach(model, Attention("exact")), Compile(mode))
-            row.update(misses(plain, rule, case, 2 if options.quick else PAIRS) if what == "miss" else hits(plain, rule, case))
+            pairs, steps = (1, 7) if options.quick else (PAIRS, STEPS)
+            row.update(misses(plain, rule, case, pairs, steps) if what == "miss" else hits(plain, rule, case, steps))
     comfy.model_management.unload_all_models()
 
 
-def misses(plain: ModelPatcher, rule: str, case: Case, pairs: int) -> Row:
+def misses(plain: ModelPatcher, rule: str, case: Case, pairs: int, steps: int) -> Row:
     """What is added to a step by comparing and remembering, in percent: of the medians of all steps, and of each pair of runs."""
     cached = attach(plain, Cache(threshold=NEVER, rule=rule))
     for model in (plain, cached):
-        cases.sample(model, case, steps=WARM + 1)
+        cases.sample(model, case, steps=WARM + 2)
     seconds: dict[str, list[list[float]]] = {"off": [], "on": []}
     for pair in range(pairs):
         for name, model in (("off", plain), ("on", cached))[:: 1 if pair % 2 == 0 else -1]:
-            run = cases.sample(model, case, steps=STEPS)
+            run = cases.sample(model, case, steps=steps)
             if name == "on" and run.report["cached"]:
                 raise RuntimeError(f"{run.report['cached']} steps were cached")
             seconds[name].append(run.seconds)
@@ -64,12 +65,11 @@ def misses(plain: ModelPatcher, rule: str, case: Case, pairs: int) -> Row:
     }
 
 
-def hits(plain: ModelPatcher, rule: str, case: Case) -> Row:
+def hits(plain: ModelPatcher, rule: str, case: Case, steps: int) -> Row:
     """Cached steps against computed ones, of runs that hit wherever they may."""
     cached = attach(plain, Cache(threshold=ALWAYS, rule=rule))
-    full = [cases.sample(plain, case, steps=WARM + 1), cases.sample(plain, case, steps=STEPS)][-1]
-    run = [cases.sample(cached, case, steps=STEPS) for _ in range(2)][-1]
-    were = [hit for _, _, hit in run.report["changes"]][-len(run.seconds) :]
+    full, run = (cases.sample(model, case, steps=steps) for model in (plain, cached))
+    were = [hit for _, _, hit in run.report["changes"]][-len(run.seconds) - 1 : -1]
     skipped = [seconds for seconds, hit in zip(run.seconds, were, strict=True) if hit]
     if not skipped:
         raise RuntimeError("no step was cached")

@@ -22,8 +22,9 @@ import weights_file
 from parity.inprocess import reports
 from sizes import Case
 
-WARM = 2
-"""First steps of a run that do not count: kernels are timed after the first, and a graph is captured in the second."""
+WARM = 3
+"""First steps of a run that do not count: blocks are compiled in the first, kernels timed after it, and a graph is captured in
+the third, because new times make the second like a first."""
 
 
 def dtype() -> torch.dtype:
@@ -58,14 +59,15 @@ def from_file(name: str, case: Case, folder: Path) -> comfy.model_patcher.ModelP
 
 @dataclass(frozen=True)
 class Run:
-    """Latents float32, and of each step after the warm ones: its seconds, and those until its forward had been launched.
+    """Latents float32, the seconds of each step after the warm ones but the last, and those until the last one's forward returned.
 
-    ``report``: what the pack's own line said of the run, {} for a stock run.
+    ``peak``: the most bytes in use on the card meanwhile. ``report``: what the pack's own line said of the run, {} for stock.
     """
 
     latents: torch.Tensor
     seconds: list[float]
-    launches: list[float]
+    launch: float
+    peak: int
     report: dict
 
     @property
@@ -73,21 +75,33 @@ class Run:
         return statistics.median(self.seconds)
 
 
-def sample(model: comfy.model_patcher.ModelPatcher, case: Case, *, steps: int = 0, warm: int = WARM) -> Run:
-    """Sample with ComfyUI's own function. Nobody waits for the device between steps, as in ComfyUI: it tells the time itself."""
+def sample(model: comfy.model_patcher.ModelPatcher, case: Case, *, steps: int = 0) -> Run:
+    """Sample with ComfyUI's own function. Nobody waits for the device between steps, as in ComfyUI: it tells the time itself.
+
+    Only before the last step the device has nothing left to do: that step is not timed, its forward is launched unhindered.
+    """
     generator = torch.Generator().manual_seed(1)
     context = torch.randn(1, *case.text, generator=generator)
     extra = {"pooled_output": torch.randn(1, case.pooled, generator=generator)} if case.pooled else {}
-    noise = torch.randn(case.latent, generator=generator)
+    noise, steps = torch.randn(case.latent, generator=generator), steps or case.steps
+    cuda = torch.cuda.is_available()
     marks: list[torch.cuda.Event | float] = []
+
+    def step(*_args) -> None:
+        marks.append(mark())
+        if cuda and len(marks) == WARM:
+            torch.cuda.reset_peak_memory_stats()
+        if cuda and len(marks) == steps - 1:
+            torch.cuda.synchronize()
 
     with torch.inference_mode(), launching(model) as launches, reports() as lines:
         latents = comfy.sample.sample(
-            model, noise, steps or case.steps, 1.0, "euler", "simple", [[context, extra]], [[context, extra]], torch.zeros(case.latent),
-            disable_pbar=True, callback=lambda *_: marks.append(mark()), seed=1,
+            model, noise, steps, 1.0, "euler", "simple", [[context, extra]], [[context, extra]], torch.zeros(case.latent),
+            disable_pbar=True, callback=step, seed=1,
         )  # fmt: skip
     seconds = [between(before, after) for before, after in itertools.pairwise(marks)]
-    return Run(latents.float().cpu(), seconds[warm - 1 :], launches[warm:], lines[-1] if lines else {})
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    return Run(latents.float().cpu(), seconds[WARM - 1 : -1], launches[-1], peak, lines[-1] if lines else {})
 
 
 def mark() -> torch.cuda.Event | float:

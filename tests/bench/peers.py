@@ -27,7 +27,7 @@ from record import Record, Row
 from rows import TimeIsUp, attempt
 from sizes import CASES, Case, tiny
 
-WARM = 2
+WARM = 3
 Prepare = Callable[[torch.nn.Module], object]
 
 
@@ -44,6 +44,7 @@ def measure(record: Record, name: str, options: Namespace) -> None:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
         script = str(Path(__file__).resolve())
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if options.cpu else {})}
+        environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)  # ComfyUI's choice of an allocator
         subprocess.run([sys.executable, *launch, script, json.dumps(given)], check=False, env=environment)
     record.tables = Record.read(record.path).tables
 

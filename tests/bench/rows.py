@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import os
 import sys
 import time
 import traceback
@@ -38,10 +39,11 @@ def attempt(record: Record, table: str, key: Row, options: Namespace) -> Iterato
         traceback.print_exc()
         first = next(iter(str(error).splitlines()), "")
         row = {**key, "failed": f"{type(error).__name__}: {first}"[:200]}
-        if "CUDA error" in first:
+        if "CUDA" in first and not isinstance(error, torch.OutOfMemoryError):
             record.put(table, row)
             print(short(table, row), flush=True)
-            sys.exit(1)
+            sys.stderr.flush()
+            os._exit(1)  # an orderly end may wait for the device for ever
     finally:
         faulthandler.cancel_dump_traceback_later()
     record.put(table, {**row, "took_s": round(time.time() - started, 1)})

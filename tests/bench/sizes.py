@@ -86,10 +86,10 @@ class Case:
 
 CASES = {
     "flux-1024": Case(FLUX, (1, 16, 128, 128), (512, 4096), 768, steps=12),
-    "flux-2048": Case(FLUX, (1, 16, 256, 256), (512, 4096), 768, steps=8),
-    "wan-480p": Case(WAN, (1, 16, 21, 60, 104), (512, 4096), steps=6),
-    "hunyuan-720p": Case(HUNYUAN, (1, 16, 33, 90, 160), (256, 4096), 768, steps=5),
-    "cogvideox-5b": Case(COGVIDEOX, (1, 16, 13, 60, 90), (226, 4096), steps=7),
+    "flux-2048": Case(FLUX, (1, 16, 256, 256), (512, 4096), 768, steps=10),
+    "wan-480p": Case(WAN, (1, 16, 21, 60, 104), (512, 4096), steps=7),
+    "hunyuan-720p": Case(HUNYUAN, (1, 16, 33, 90, 160), (256, 4096), 768, steps=6),
+    "cogvideox-5b": Case(COGVIDEOX, (1, 16, 13, 60, 90), (226, 4096), steps=8),
 }
 
 
@@ -99,4 +99,4 @@ def tiny(case: Case, *, heads: int = 3) -> Case:
     small |= {"num_heads": heads, "num_attention_heads": heads}
     config = {name: small.get(name, value) for name, value in case.config.items()}
     text = (16, case.text[1])
-    return replace(case, config=config, latent=(*case.latent[:2], *(4 for _ in case.latent[2:])), text=text, steps=4)
+    return replace(case, config=config, latent=(*case.latent[:2], *(4 for _ in case.latent[2:])), text=text, steps=5)

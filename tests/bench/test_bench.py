@@ -51,7 +51,7 @@ def test_every_command_runs_and_no_row_of_it_fails(quick: Record) -> None:
     assert all(row["error"] < 1e-5 and 0 < row["launch_ms"] and 0 < row["step_ms"] for row in ways.values())
     assert all(row["over"] == 1 and row["remembered"] for row in quick.tables["attention"] if row["way"] in ("auto", "exact"))
     hits = [row for row in quick.tables["cache"] if row["way"].startswith("hit")]
-    assert hits and all(row["cached_steps"] >= 5 for row in hits)
+    assert hits and all(row["cached_steps"] >= 3 for row in hits)
     assert quick.machine["commit"] == "one" and {row["memory"] for row in quick.tables["steps"]} == {"CPU"}
 
 
