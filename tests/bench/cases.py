@@ -19,6 +19,7 @@ import comfy.sample
 import comfy.sd
 import torch
 import weights_file
+from clock import between, mark
 from parity.inprocess import reports
 from sizes import Case
 
@@ -102,23 +103,6 @@ def sample(model: comfy.model_patcher.ModelPatcher, case: Case, *, steps: int = 
     seconds = [between(before, after) for before, after in itertools.pairwise(marks)]
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return Run(latents.float().cpu(), seconds[WARM - 1 : -1], launches[-1], peak, lines[-1] if lines else {})
-
-
-def mark() -> torch.cuda.Event | float:
-    """A point in the device's work, without waiting for it."""
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:
-    """Seconds from one point to another; waits until both have passed."""
-    if isinstance(before, float) or isinstance(after, float):
-        return after - before
-    after.synchronize()
-    return before.elapsed_time(after) / 1e3
 
 
 @contextmanager

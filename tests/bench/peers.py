@@ -8,6 +8,7 @@ JSON: record, case, quick, deadline, row_limit. The weights are random too, and 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import between, mark
 from record import Record, Row
 from rows import TimeIsUp, attempt
 from sizes import CASES, Case, tiny
@@ -123,28 +125,29 @@ def inputs(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> t
 
 
 def run(model: torch.nn.Module, name: str, case: Case, device: torch.device) -> Row:
-    """Euler steps as long as a case's; the device is waited for after each."""
+    """Euler steps, as many as ComfyUI's sampler takes of the case, and timed in the same way."""
     dtype = next(model.parameters()).dtype
     latents, given = inputs(name, case, device, dtype)
-    seconds, launches = [], []
+    marks, launch = [], 0.0
     with torch.no_grad():
         for step in range(case.steps):
+            last = step == case.steps - 1
+            if last and device.type == "cuda":
+                torch.cuda.synchronize()
             start = time.perf_counter()
             time_step = torch.full((1,), 1 - step / case.steps, device=device, dtype=dtype) * (1000 if name.startswith("wan") else 1)
             velocity = model(hidden_states=latents, timestep=time_step, return_dict=False, **given)[0]
-            launches.append(time.perf_counter() - start)
+            launch = time.perf_counter() - start
             latents = latents - velocity / case.steps
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-            if step == WARM - 1 and device.type == "cuda":
+            marks.append(mark())
+            if len(marks) == WARM and device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-    kept = seconds[WARM:]
+    kept = [between(before, after) for before, after in itertools.pairwise(marks)][WARM - 1 : -1]
     return {
         "step_ms": round(statistics.median(kept) * 1e3, 2),
         "spread_ms": round((max(kept) - min(kept)) * 1e3, 2),
         "steps": len(kept),
-        "launch_ms": round(statistics.median(launches[WARM:]) * 1e3, 2),
+        "launch_ms": round(launch * 1e3, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
     }
 
