@@ -1,6 +1,6 @@
 """Weights where there is a GPU: two ranks on ONE card, in every way that ComfyUI can hold a model.
 
-    python tests/gpu/weights.py           every case, a table last (under four minutes on one H100)
+    python tests/gpu/weights.py           every case, a table last (about three minutes on one H100)
     python tests/gpu/weights.py --cpu     the same with CPU ranks and a tiny model, to see that the script works
     python tests/gpu/weights.py NAME ...  only these cases
 
@@ -35,6 +35,7 @@ sys.path.append(str(HERE.parents[1]))
 STEPS = 2
 LIMIT = 150  # seconds a case
 TOGETHER = 3  # cases at a time
+LIBRARIES = 64 * 2**20  # bytes that CUDA's libraries take for the kernels that a model needs first, whatever its size
 EXACT = "--fp32-unet"  # storage and arithmetic in float32, so that another rounding of one LoRA weight would show
 
 
@@ -42,7 +43,8 @@ EXACT = "--fp32-unet"  # storage and arithmetic in float32, so that another roun
 class Case:
     """``usable``: GB of the card that ComfyUI may use beside half of the model's size (None: all of the card).
 
-    opened: whether the sidecar must open the file itself. host: the most that host memory may grow a rank, in models' sizes.
+    opened: whether the sidecar must open the file itself. host: the most that host memory may grow a rank, in models' sizes,
+    beside that of libraries.
     """
 
     flags: tuple[str, ...]
@@ -232,7 +234,7 @@ def row(name: str, case: Case, settings: Any, group: Any, base: Any, folder: Pat
     report = lines[-1]
     error, own = (float((one - expected).norm() / expected.norm()) for one in (result, first))
     way = next((kind for kind in ("models", "patches", "opened") if group.counts[kind] > before.get(kind, 0)), "held")
-    equal, compared = bits(model)
+    equal, compared = (0, 0) if way == "opened" else bits(model)
     wrong = []
     if report["ranks"] != 2 or report["notes"]:
         wrong.append("not shared")
@@ -244,7 +246,7 @@ def row(name: str, case: Case, settings: Any, group: Any, base: Any, folder: Pat
         wrong.append("the file was opened")
     if equal != compared:
         wrong.append("other bits")
-    if case.host is not None and not cpu and max(own for own, _ in grown) > case.host * size:
+    if case.host is not None and not cpu and max(own for own, _ in grown) > max(case.host * size, LIBRARIES):
         wrong.append("host memory")
     memory = [f"{own / 2**20:.0f}/{files / 2**20:.0f}/{high / 2**20:.0f}" for (own, files), high in zip(grown, peaks, strict=True)]
     print(
