@@ -14,7 +14,9 @@ the memory; the peak is that of VmRSS, files included. All are growths, from a g
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -146,6 +148,8 @@ def inside(name: str, folder: Path, *, cpu: bool) -> None:
     from env.comfy_import import boot_comfy, dynamic_vram
 
     boot_comfy(*flags)
+    faulthandler.dump_traceback_later(LIMIT - 20)
+    logging.getLogger("paradit").setLevel(logging.INFO)
     if not cpu:
         dynamic_vram()
     import torch
@@ -161,6 +165,7 @@ def inside(name: str, folder: Path, *, cpu: bool) -> None:
         warm = loaded(folder / "warm.safetensors", case.weight_dtype)  # libraries that its arithmetic needs are loaded now
         sample(shared(warm, settings))
         del warm
+        print(f"{name}: a first model has been sampled", flush=True)
         base = loaded(folder / "flux.safetensors", case.weight_dtype)
         size = base.model_size()
         for lora in ("off", "on", "off"):
