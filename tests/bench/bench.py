@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace) -> int:
         except Stale as stale:
             print(stale)
             return STALE
-        show(Record.read(record.path), options)
+        show(Record.read(record.path))
     return 0
 
 
@@ -154,14 +154,15 @@ def until_done(name: str, path: Path, options: argparse.Namespace) -> None:
     print(f"{name}: no time is left; go on with --resume {path}", flush=True)
 
 
-def show(record: Record, options: argparse.Namespace) -> None:
+def show(record: Record) -> None:
     """What was measured, last and short."""
-    from rows import short
-
     print("\n" + " ".join(f"{name}={value}" for name, value in record.machine.items()))
-    for table, row in record:
-        if "absent" not in row:
-            print(short(table, row)[:300])
+    print(pages.results([record]))
+    for row in record.tables.get("overhead", []):
+        print(" ".join(f"{name}={value}" for name, value in row.items()))
+    for name, row in record:
+        if "failed" in row:
+            print(f"{name}, {row.get('case')}, {row.get('way')} failed: {row['failed']}")
     print(f"record: {record.path}")
 
 

@@ -53,9 +53,13 @@ def when(record: Record) -> str:
 def pages(records: list[Record]) -> dict[str, str]:
     """What belongs between the marks of each page."""
     gpu = [record for record in records if "CPU" not in record.machine.get("device", "CPU")]
-    results = [*step_tables(gpu), *attention_table(gpu), *cache_tables(gpu), *group_table(gpu)]
     readme = [*bars(gpu), *fixed(records)]
-    return {"tests/bench/RESULTS.md": "\n".join(results).strip(), "README.md": "\n".join(readme).strip()}
+    return {"tests/bench/RESULTS.md": results(gpu), "README.md": "\n".join(readme).strip()}
+
+
+def results(records: list[Record]) -> str:
+    """Every table, of the newest of ``records`` that has it."""
+    return "\n".join([*step_tables(records), *attention_table(records), *cache_tables(records), *group_table(records)]).strip()
 
 
 def newest(records: list[Record], table: str, order: list[str] | None = None) -> Found:
