@@ -143,7 +143,7 @@ def made(time: str, **tables: Any) -> Record:
     return Record(Path("made"), machine, tables)
 
 
-def test_pages_show_the_newest_record_of_a_case_with_other_packages_and_failures() -> None:
+def test_pages_show_the_newest_record_of_a_case_with_other_packages_and_failures(tmp_path: Path) -> None:
     older = made("2026-01-01T10:00", steps=[step("stock", 300.0), {**step("stock", 9.0), "case": "wan-480p"}])
     failed = {"case": "flux-1024", "way": "1 rank, auto, off", "memory": "native", "failed": "RuntimeError: no"}
     newer = made(
@@ -151,8 +151,11 @@ def test_pages_show_the_newest_record_of_a_case_with_other_packages_and_failures
         steps=[step("stock", 200.0), step("2 ranks, auto, off", 100.0, ranks=2), failed],
         peers=[{**step("diffusers, native", 160.0), "memory": "torch's own"}],
     )
-    for records in ([newer, older], sorted([older, newer], key=pages.when, reverse=True)):
-        found = pages.pages(records)
+    for names in (("a", "b"), ("b", "a")):
+        for record, name in zip((older, newer), names, strict=True):
+            record.path = tmp_path / f"{name}.json"
+            record.write()
+        found = pages.pages(pages.read(tmp_path))
         readme, results = found["README.md"], found["tests/bench/RESULTS.md"]
         assert "| stock | 200.0 | `████████████` 1.00 |" in readme and "300.0" not in readme
         assert "| 2 GPUs, auto, off | 100.0 | `████████████████████████` 2.00 |" in readme and "several GPUs" not in readme
