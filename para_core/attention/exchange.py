@@ -12,6 +12,7 @@ from ..sequence.mesh import Mesh
 from . import masks, ring, ulysses, unified
 from .call import Call, StockKernel
 from .kernel import Kernel, NeedsLse, expand_kv
+from .message import BYTES, Form
 from .traffic import Traffic
 
 __all__ = ["PLAIN", "Exchange", "NeedsLse", "Way", "attend", "attend_call"]
@@ -21,7 +22,7 @@ __all__ = ["PLAIN", "Exchange", "NeedsLse", "Way", "attend", "attend_call"]
 class Way:
     """How a call's tensors travel; every rank must go the same way.
 
-    ``wire``: q, k and v as bytes (see ``wire``). ``parts``: of the heads, one travels while another is computed; Ulysses only.
+    ``wire``: q, k and v as bytes (see the module ``wire``). ``parts``: of the heads, one travels while another is computed; Ulysses only.
     """
 
     wire: bool = False
@@ -42,6 +43,8 @@ class Exchange:
     q: Joint
     kv: Joint
     kernel: Kernel | None = None
+    bytes: Form = BYTES
+    """How q, k and v travel where a call's way says bytes."""
     traffic: Traffic = field(default_factory=Traffic)
     index: dict[tuple[Joint, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
     """Rank-major permutations on their device; may be shared between exchanges."""
@@ -108,7 +111,7 @@ def _attend(
     heads = ulysses.split_heads(q.shape[1], k.shape[1], mesh.ulysses.size, mesh.head_speeds)
     if mask is not None:
         mask = masks.exchanged_mask(mask, mesh, exchange.q, exchange.kv, heads.own(mesh.ulysses.rank), exchange.index, traffic)
-    common: dict[str, Any] = {"mask": mask, "scale": scale, "traffic": traffic, "wire": way.wire}
+    common: dict[str, Any] = {"mask": mask, "scale": scale, "traffic": traffic, "wire": exchange.bytes if way.wire else None}
     if mesh.ulysses.size == 1:
         return ring.attend(mesh.ring, kernel, q, k, v, kv_rows=exchange.kv.rows, **common)
     rows: dict[str, Any] = {"q_rows": exchange.q.rows, "kv_rows": exchange.kv.rows, "heads": heads}

@@ -97,45 +97,47 @@ class Parts:
 
 
 class Bytes:
-    """Quantised (see ``wire``): float32 scales and means, then one byte an element. Sizes are multiples of 16 bytes."""
+    """Quantised (see ``wire``): float32 peaks and means, then one byte an element. Sizes are multiples of 16 bytes."""
 
     dtype = torch.uint8
+
+    def __init__(self, quantise: Callable[..., None] = wire.quantise, dequantise: Callable[..., None] = wire.dequantise):
+        self._quantise, self._dequantise = quantise, dequantise
 
     def size(self, piece: Piece) -> int:
         return -(-(4 * sum(self._floats(piece)) + piece.numel) // 16) * 16
 
     def write(self, block: torch.Tensor, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        self._each(wire.quantise, block, piece, q, k, v, fresh=True)
+        self._each(self._quantise, block, piece, q, k, v, fresh=True)
 
     def read(self, block: torch.Tensor, piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        self._each(_into, block, piece, q, k, v, fresh=False)
+        self._each(self._into, block, piece, q, k, v, fresh=False)
 
     def _each(self, act: Callable[..., None], block: torch.Tensor, piece: Piece, *tensors: torch.Tensor, fresh: bool) -> None:
         if not piece.numel:
             return
         floats = self._floats(piece)
         start = 4 * sum(floats)
-        q_scales, kv_scales, means = block[:, :start].view(torch.float32).split(floats, dim=1)
+        q_peaks, kv_peaks, means = block[:, :start].view(torch.float32).split(floats, dim=1)
         means = means.unflatten(1, (1, piece.batch, piece.kv_heads, piece.dim))
         codes = block[:, start : start + piece.numel].split((math.prod(piece.q), math.prod(piece.kv)), dim=1)
         k_codes, v_codes = codes[1].unflatten(1, piece.kv).chunk(2, dim=3)
-        k_scales, v_scales = kv_scales.unflatten(1, (*piece.kv[:3], 1)).chunk(2, dim=3)
+        k_peaks, v_peaks = kv_peaks.unflatten(1, (*piece.kv[:3], 1)).chunk(2, dim=3)
         q, k, v = tensors
         if q.numel():
-            act(q, codes[0].unflatten(1, piece.q), q_scales.unflatten(1, (*piece.q[:3], 1)))
+            act(q, codes[0].unflatten(1, piece.q), q_peaks.unflatten(1, (*piece.q[:3], 1)))
         if k.numel():
             if fresh:
                 means.copy_(wire.rough_mean(k))
-            act(k, k_codes, k_scales, means.to(k.dtype))
-            act(v, v_codes, v_scales)
+            act(k, k_codes, k_peaks, means.to(k.dtype))
+            act(v, v_codes, v_peaks)
+
+    def _into(self, tensor: torch.Tensor, codes: torch.Tensor, peaks: torch.Tensor, mean: torch.Tensor | None = None) -> None:
+        self._dequantise(codes, peaks, tensor, mean)
 
     @staticmethod
     def _floats(piece: Piece) -> tuple[int, int, int]:
         return math.prod(piece.q[:3]), math.prod(piece.kv[:3]), piece.batch * piece.kv_heads * piece.dim
-
-
-def _into(tensor: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, mean: torch.Tensor | None = None) -> None:
-    wire.dequantise(codes, scales, tensor, mean)
 
 
 ROWS, PARTS, BYTES = Rows(), Parts(), Bytes()

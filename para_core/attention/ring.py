@@ -13,7 +13,7 @@ import torch
 from ..sequence.mesh import Comm
 from .kernel import Kernel, NeedsLse
 from .merge import first, merge
-from .message import BYTES, PARTS, Form, Piece
+from .message import PARTS, Form, Piece
 from .traffic import Traffic
 
 
@@ -28,13 +28,13 @@ def attend(
     mask: torch.Tensor | None,
     scale: float | None,
     traffic: Traffic,
-    wire: bool = False,
+    wire: Form | None = None,
 ) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, h, M, D)`` of this rank -> ``(B, H, S, D)`` in q's dtype.
 
     ``kv_rows``: M on each rank of the ring. ``mask``: ``(B|1, H|1, S|1, sum of kv_rows)``, columns in rank order. The next
-    block is on its way while the current one is computed. ``wire``: k and v travel quantised; they are quantised once, by the
-    rank that they belong to. Rows without any key are zero. Raises ``NeedsLse``.
+    block is on its way while the current one is computed. ``wire``: k and v travel in this form; they are
+    written once, by the rank that they belong to. Rows without any key are zero. Raises ``NeedsLse``.
 
     With an additive mask of huge finite values a row may have *every* key masked; then the parts weigh alike instead of by
     their length, as log(M) is lost beside such numbers in float32. Such rows carry nothing.
@@ -43,7 +43,7 @@ def attend(
         raise NeedsLse("ring attention joins partial results by their log-sum-exp, which this attention kernel does not give; use Ulysses")
     size, rank = comm.size, comm.rank
     batch, heads, _, dim = k.shape
-    form: Form = BYTES if wire else PARTS
+    form = wire or PARTS
     pieces = [Piece(batch, 0, rows, 0, heads, dim) for rows in kv_rows]
     starts = [sum(kv_rows[:source]) for source in range(size)]
     message = k.new_empty(form.size(pieces[rank]), dtype=form.dtype or k.dtype)

@@ -17,7 +17,7 @@ import torch
 from ..sequence.layout import balanced, weighted
 from ..sequence.mesh import Comm
 from .kernel import Kernel
-from .message import BYTES, PARTS, ROWS, Form, Piece
+from .message import PARTS, ROWS, Form, Piece
 from .traffic import Traffic
 
 
@@ -80,12 +80,12 @@ def attend(
     mask: torch.Tensor | None,
     scale: float | None,
     traffic: Traffic,
-    wire: bool = False,
+    wire: Form | None = None,
     parts: int = 1,
 ) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` of this rank's rows -> ``(B, H, S, D)``, memory ``(B, S, H, D)``.
 
-    ``mask`` is already this rank's (see ``masks.exchanged_mask``). ``wire``: q, k and v travel quantised. ``parts``: so many
+    ``mask`` is already this rank's (see ``masks.exchanged_mask``). ``wire``: q, k and v travel in this form. ``parts``: so many
     messages each way; those of one part travel while another is computed.
     """
     cuts = [Part(heads, index, parts) for index in range(parts)]
@@ -119,13 +119,13 @@ def scatter(
     kv_rows: Sequence[int],
     part: Part,
     traffic: Traffic,
-    wire: bool = False,
+    wire: Form | None = None,
     ahead: bool = False,
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Trade rows for heads. The result waits for all rows of this rank's heads: q ``(B, h, S_total, D)``, k, v ``(B, hkv, M_total, D)``."""
     batch, _, _, dim = q.shape
     rank, ranks = comm.rank, range(comm.size)
-    form: Form = BYTES if wire else ROWS if tuple(q_rows) == tuple(kv_rows) else PARTS
+    form = wire or (ROWS if tuple(q_rows) == tuple(kv_rows) else PARTS)
 
     def piece(source: int, destination: int) -> Piece:
         return Piece(batch, q_rows[source], kv_rows[source], _length(part.q(destination)), _length(part.kv(destination)), dim)

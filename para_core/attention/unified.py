@@ -9,6 +9,7 @@ import torch
 from ..sequence.mesh import Mesh
 from . import ring, ulysses
 from .kernel import Kernel
+from .message import Form
 from .traffic import Traffic
 
 
@@ -25,12 +26,12 @@ def attend(
     mask: torch.Tensor | None,
     scale: float | None,
     traffic: Traffic,
-    wire: bool = False,
+    wire: Form | None = None,
 ) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` of this rank's rows -> ``(B, H, S, D)``, memory ``(B, S, H, D)``.
 
     ``q_rows``, ``kv_rows``: rows on each rank of ``mesh.sequence``. ``mask``: ``(B|1, own heads|1, group rows|1, M_total)``.
-    ``wire``: what travels is quantised, k and v twice: in the group, and for the ring.
+    ``wire``: the form of what travels; k and v are written twice, in the group and for the ring.
     """
     size = mesh.ulysses.size
     group = slice(mesh.ring.rank * size, (mesh.ring.rank + 1) * size)

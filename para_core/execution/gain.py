@@ -23,8 +23,8 @@ WORTH = 1.05
 """Least forecast gain for which a run is split."""
 LAUNCH = 5e-6
 """Seconds of a small kernel, its launch included."""
-QUANTISING, QUANTISING_LAUNCHES = 5.5, 14
-"""Bytes moved for each byte of q, k and v that travels quantised, more than for one that does not; kernels for it on two ranks."""
+QUANTISING, QUANTISING_COMPILED = (5.5, 26), (1.0, 8)
+"""Bytes moved for each byte of q, k and v that travels quantised, and kernels of a call on two ranks: more than without."""
 PART_LAUNCHES = 10
 """Kernels that packing and unpacking another part takes."""
 PART_COST = 0.02
@@ -84,13 +84,14 @@ def message(size: float, link: Link) -> float:
     return max(link.latency, size / link.rate) if size else 0.0
 
 
-def saved_by_bytes(elements: float, itemsize: int, dim: int, link: Link, memory: float) -> float:
+def saved_by_bytes(elements: float, itemsize: int, dim: int, link: Link, memory: float, *, compiled: bool = False) -> float:
     """Seconds that a call gains where ``elements`` of q, k and v travel in one byte each, and a float for each ``dim``.
 
     ``memory``: bytes a second that a rank's memory copies (read and written counted).
     """
     saved = message(elements * itemsize, link) - message(elements * (1 + 4 / dim), link)
-    return saved - QUANTISING * elements * itemsize / memory - QUANTISING_LAUNCHES * LAUNCH
+    moved, launches = QUANTISING_COMPILED if compiled else QUANTISING
+    return saved - moved * elements * itemsize / memory - launches * LAUNCH
 
 
 def parts(there: float, back: float, attention: float, link: Link, most: int) -> int:

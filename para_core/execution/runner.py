@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from ..attention import wire
 from ..attention.call import Call
 from ..attention.choice import Chooser
 from ..attention.exchange import PLAIN, Exchange, attend_call
 from ..attention.foreign import attend_on_first
+from ..attention.message import BYTES, Bytes
 from ..attention.traffic import Traffic
 from ..cache.first_block import FirstBlockCache, Step
 from ..plans.plan import Plan
@@ -30,11 +32,15 @@ class AttentionOverride:
 
     ``stock``: the function that computes attention where no other is chosen; only compiled blocks need to be told.
     ``foreign``: rank 0 keeps another node's override, and computes the attention of shared forwards with it.
+    ``compiled``: blocks are compiled, and what quantises tensors on their way is too.
     """
 
-    def __init__(self, chooser: Chooser, hooks: Hooks | None, stock: Callable | None = None, *, foreign: bool = False):
+    def __init__(
+        self, chooser: Chooser, hooks: Hooks | None, stock: Callable | None = None, *, foreign: bool = False, compiled: bool = False
+    ):
         self.chooser, self.hooks, self.stock, self.foreign = chooser, hooks, stock, foreign
-        self.ways = Ways(chooser)
+        self.ways = Ways(chooser, compiled=compiled)
+        self._bytes = Bytes(*wire.compiled()) if compiled else BYTES
         self.traffic = Traffic()
         self._exchanges: dict[tuple[int, Joint, Joint], Exchange] = {}
 
@@ -85,7 +91,7 @@ class AttentionOverride:
     def _exchange(self, mesh: Mesh, q: Joint, kv: Joint) -> Exchange:
         key = (id(mesh), q, kv)
         if key not in self._exchanges or self._exchanges[key].mesh is not mesh:
-            self._exchanges[key] = Exchange(mesh, q, kv, traffic=self.traffic)
+            self._exchanges[key] = Exchange(mesh, q, kv, bytes=self._bytes, traffic=self.traffic)
         return self._exchanges[key]
 
 
@@ -111,7 +117,7 @@ class Runner:
         foreign: bool = False,
     ):
         self.hooks = Hooks(plan, model, crossing=foreign)
-        self.override = AttentionOverride(chooser, self.hooks, stock, foreign=foreign)
+        self.override = AttentionOverride(chooser, self.hooks, stock, foreign=foreign, compiled=compiled)
         self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE, chooser.say) if compiled else None
         self.cache = FirstBlockCache(self.hooks) if cached else None
         self.graphs = Graphs(chooser.say)

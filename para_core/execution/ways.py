@@ -57,6 +57,8 @@ class Ways:
 
     chooser: Chooser
     machine: Machine | None = None
+    compiled: bool = False
+    """Whether quantising is one kernel."""
     table: dict[str, Way] = field(default_factory=dict)
     used: set[Way] = field(default_factory=set)
     _met: dict[str, Met] = field(default_factory=dict)
@@ -97,7 +99,7 @@ class Ways:
         backend, attention = self._kernel(met)
         link, size, dim = machine.link, met.q.element_size(), met.q.shape[3]
         quantises = backend is not None and not backend.exact and self._known[name] <= BOUND
-        as_bytes = quantises and gain.saved_by_bytes(met.sent, size, dim, link, machine.memory) > 0
+        as_bytes = quantises and gain.saved_by_bytes(met.sent, size, dim, link, machine.memory, compiled=self.compiled) > 0
         times = gain.message(met.sent * (1 + 4 / dim if as_bytes else size), link), gain.message(met.returned * size, link)
         count = 1 if attention is None else gain.parts(*times, attention, link, met.parts)
         if as_bytes and count > 1:  # fewer heads at once may be another kernel's

@@ -3,6 +3,7 @@
     python tests/gpu/exchange.py          cuDNN, SageAttention and comfy-kitchen, where installed; tables last (about a minute)
     python tests/gpu/exchange.py --cpu    the same with CPU ranks and small tensors, to see that the script works
     python tests/gpu/exchange.py NAME     only these kernels
+    ... --compiled                        quantising compiled, rank 0's through inductor's C++ wrapper (add a minute or two)
 
 On one card both ranks use it, which shows whether results are right, not what they cost: only quantising alone is timed there,
 by one rank. Rank 0 has the allocator of ComfyUI's own process (cudaMallocAsync), rank 1 torch's own.
@@ -36,7 +37,7 @@ from para_core.attention import wire  # noqa: E402
 from para_core.attention.backends import BACKENDS, Backend, pytorch  # noqa: E402
 from para_core.attention.choice import request_of  # noqa: E402
 from para_core.attention.exchange import Exchange, Way, attend  # noqa: E402
-from para_core.attention.message import BYTES, PARTS, Piece  # noqa: E402
+from para_core.attention.message import BYTES, PARTS, Bytes, Piece  # noqa: E402
 from para_core.execution import gain  # noqa: E402
 from para_core.group.communicator import Communicator, Meshes  # noqa: E402
 from para_core.group.link import measure  # noqa: E402
@@ -47,8 +48,8 @@ KERNELS = ("cudnn", "sage", "comfy-kitchen")
 WAYS = {"plain": Way(), "bytes": Way(wire=True), "2 parts": Way(parts=2), "bytes, 4 parts": Way(wire=True, parts=4)}
 SHAPES = {"FLUX 1024²": (24, 4608, 128), "Wan 480p 81f": (40, 32760, 128)}
 SMALL = {"small": (6, 192, 16)}
-LIMIT = 120  # seconds a kernel
-COLLECTIVE = 30.0
+LIMIT = 300  # seconds a kernel
+COLLECTIVE = 120.0  # seconds; one rank may be compiling meanwhile
 QUANTISED = 0.03
 """The most that travelling as bytes may add (unit-normal data: 1e-2)."""
 
@@ -80,16 +81,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(backend.name for backend in BACKENDS))
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
         with torch.inference_mode():
-            inside(options.rank, options.store, options.names[0], cpu=options.cpu)
+            inside(options.rank, options.store, options.names[0], cpu=options.cpu, compiled=options.compiled)
         return
     started, tables, failed = time.time(), {"right": [], "bytes": [], "times": []}, 0
     for name in options.names or (("pytorch",) if options.cpu else KERNELS):
-        rows, text = outcome(name, cpu=options.cpu)
+        rows, text = outcome(name, cpu=options.cpu, compiled=options.compiled)
         failed += sum("FAIL" in row for _, row in rows)
         for table, row in rows:
             tables[table].append(row)
@@ -108,15 +110,17 @@ def main() -> None:
     sys.exit(bool(failed))
 
 
-def outcome(name: str, *, cpu: bool) -> tuple[list[tuple[str, str]], str]:
+def outcome(name: str, *, cpu: bool, compiled: bool) -> tuple[list[tuple[str, str]], str]:
     """Rows of the tables by a kernel's two ranks, and what they said if something went wrong."""
     with tempfile.TemporaryDirectory(prefix="paradit-gpu-") as folder:
         call = [sys.executable, str(Path(__file__).resolve()), name, "--store", str(Path(folder) / "store"), *(["--cpu"] if cpu else [])]
+        call += ["--compiled"] if compiled else []
         ranks = []
         for rank in range(2):
             # ranks that share a card are taken for a mistake unless they seem to be on two machines
             own = {"NCCL_HOSTID": f"paradit-rank{rank}"} if not cpu and torch.cuda.device_count() < 2 else {}
             own |= {} if rank or cpu else {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}
+            own |= {} if rank or cpu or not compiled else {"TORCHINDUCTOR_CPP_WRAPPER": "1"}
             ranks.append(
                 subprocess.Popen(
                     [*call, "--rank", str(rank)],
@@ -144,7 +148,7 @@ def outcome(name: str, *, cpu: bool) -> tuple[list[tuple[str, str]], str]:
 # -- a rank -----------------------------------------------------------------------------------------------------------------
 
 
-def inside(rank: int, store: str, name: str, *, cpu: bool) -> None:
+def inside(rank: int, store: str, name: str, *, cpu: bool, compiled: bool) -> None:
     backend = next(backend for backend in BACKENDS if backend.name == name)
     cards = 0 if cpu else torch.cuda.device_count()
     device = torch.device("cpu") if cpu else torch.device("cuda", rank % cards)
@@ -160,7 +164,7 @@ def inside(rank: int, store: str, name: str, *, cpu: bool) -> None:
             print(f"SAY {name}: {reason}")
         return
     comm = Communicator.join(store, "exchange", rank, 2, device, COLLECTIVE)
-    right(Ranks(comm, backend, device, dtype), heads, tokens, dim)
+    right(Ranks(comm, backend, device, dtype, compiled=compiled), heads, tokens, dim)
     if rank == 0 and name == ("pytorch" if cpu else KERNELS[0]):
         for shape, sizes in (SMALL if cpu else SHAPES).items():
             packing(shape, *sizes, device, dtype)
@@ -169,7 +173,7 @@ def inside(rank: int, store: str, name: str, *, cpu: bool) -> None:
         if rank == 0:
             print(f"SAY link: {found.latency * 1e6:.0f} us, {found.rate / 1e9:.0f} GB/s")
         for shape, sizes in (SMALL if cpu else SHAPES).items():
-            times(Ranks(comm, backend, device, dtype), shape, *sizes)
+            times(Ranks(comm, backend, device, dtype, compiled=compiled), shape, *sizes)
     comm.all_reduce(torch.zeros(1, device=device))
     comm.settle()
     comm.close()
@@ -178,9 +182,10 @@ def inside(rank: int, store: str, name: str, *, cpu: bool) -> None:
 class Ranks:
     """This rank's half of calls that both make."""
 
-    def __init__(self, comm: Communicator, backend: Backend, device: torch.device, dtype: torch.dtype):
+    def __init__(self, comm: Communicator, backend: Backend, device: torch.device, dtype: torch.dtype, *, compiled: bool):
         self.comm, self.backend, self.device, self.dtype = comm, backend, device, dtype
         self.meshes = Meshes(comm)
+        self.bytes = Bytes(*wire.compiled()) if compiled else BYTES
 
     def tensors(self, heads: int, tokens: int, dim: int, seed: int) -> list[torch.Tensor]:
         """q, k, v ``(1, H, S, D)`` of all rows; keys with a part in common."""
@@ -196,7 +201,7 @@ class Ranks:
 
     def exchange(self, joint: Joint, mode: str) -> Exchange:
         mesh = self.meshes.mesh(Degrees(ulysses=2) if mode == "ulysses" else Degrees(ring=2))
-        return Exchange(mesh, joint, joint, Local(self.backend))
+        return Exchange(mesh, joint, joint, Local(self.backend), bytes=self.bytes)
 
     def call(self, exchange: Exchange, way: Way, tensors: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
         return lambda: attend(exchange, *tensors, way=way)
@@ -304,7 +309,10 @@ def packing(shape: str, heads: int, tokens: int, dim: int, device: torch.device,
     piece = Piece(1, tokens // 2, tokens // 2, heads // 2, heads // 2, dim)
     sources, targets = ([torch.randn(1, *piece.q, device=device).to(dtype) for _ in range(3)] for _ in range(2))
     found = []
-    for form in (PARTS, BYTES):
+    for form in (PARTS, BYTES, Bytes(*wire.compiled()) if device.type == "cuda" else None):
+        if form is None:  # a CPU's compiler is not what is asked about
+            found.append(float("nan"))
+            continue
         block = torch.empty(1, form.size(piece), dtype=form.dtype or dtype, device=device)
 
         def there_and_back(form=form, block=block) -> None:
@@ -312,16 +320,6 @@ def packing(shape: str, heads: int, tokens: int, dim: int, device: torch.device,
             form.read(block, piece, *targets)
 
         found.append(spent(there_and_back, device, 10))
-    found.append(float("nan"))
-    if device.type == "cuda":
-        plain = wire.quantise, wire.dequantise
-        try:
-            wire.quantise, wire.dequantise = (torch.compile(function, dynamic=False) for function in plain)
-            found[2] = spent(there_and_back, device, 10)
-        except Exception as error:  # noqa: BLE001 - whatever a compiler raises; the table says that there is no figure
-            print(f"SAY compiled quantising failed: {type(error).__name__}: {str(error)[:300]}")
-        finally:
-            wire.quantise, wire.dequantise = plain
     rate = gain.memory_rate(device) if device.type == "cuda" else float("nan")
     say("bytes", f"{shape:15}" + "".join(f"{ms:10.3f}" for ms in found) + f"   {BYTES.size(piece) / 1e6:8.1f}{rate / 1e9:12.0f}")
 

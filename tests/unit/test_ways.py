@@ -137,6 +137,7 @@ FLUX, WAN = (rows * width * 3 / 4 for rows, width in ((4608, 3072), (32760, 5120
 @pytest.mark.parametrize(("elements", "link", "pays"), [(FLUX, NVLINK, False), (WAN, NVLINK, False), (FLUX, PCIE, True), (WAN, PCIE, True)])
 def test_bytes_pay_where_the_link_is_slow_for_the_memory(elements, link, pays):
     assert (gain.saved_by_bytes(elements, 2, 128, link, H100) > 0) is pays
+    assert gain.saved_by_bytes(WAN, 2, 128, link, H100, compiled=True) > 0, "one kernel each way pays on every link"
     assert gain.saved_by_bytes(1000, 2, 128, link, H100) < 0, "a small call waits for the launches"
 
 

@@ -15,7 +15,7 @@ from unit.shared_attention import reference as reference_attention
 from para_core.attention import wire
 from para_core.attention.exchange import Way
 from para_core.attention.kernel import expand_kv
-from para_core.attention.message import BYTES, PARTS, Piece
+from para_core.attention.message import BYTES, PARTS, Bytes, Piece
 from para_core.attention.traffic import Traffic
 from para_core.attention.ulysses import split_heads
 from para_core.sequence.layout import Joint, balanced
@@ -24,10 +24,10 @@ WIRE = Way(wire=True)
 
 
 def round_trip(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
-    codes, scales = torch.empty_like(x, dtype=torch.uint8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    wire.quantise(x, codes, scales, mean)
+    codes, peaks = torch.empty_like(x, dtype=torch.uint8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    wire.quantise(x, codes, peaks, mean)
     result = torch.empty_like(x)
-    wire.dequantise(codes, scales, result, mean)
+    wire.dequantise(codes, peaks, result, mean)
     return result
 
 
@@ -171,3 +171,32 @@ def test_a_nan_on_one_rank_is_seen_on_all(degrees):
     v[..., 0, 0] = float("nan")
     out = shared(fake_meshes(*degrees), joint, joint, q, k, v, way=WIRE)
     assert out.isnan().any(-1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_it_is_the_same_also_inside_an_operation_of_compiled_code(dtype):
+    """Messages of compiled and of plain ranks are alike, so that each rank compiles or not by itself."""
+    piece = Piece(1, 9, 9, 2, 2, 16)
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 9, 1, 2, 16).to(dtype) for _ in range(3)]
+    form = Bytes(*wire.compiled())
+
+    @torch.library.custom_op("paradit_test::travel", mutates_args=())
+    def travel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        block = torch.zeros(2, form.size(piece), dtype=torch.uint8)
+        form.write(block, piece, q, k, v)
+        return block
+
+    travel.register_fake(lambda q, k, v: q.new_empty(2, form.size(piece), dtype=torch.uint8))
+    with torch.inference_mode():
+        block = torch.compile(lambda *given: travel(*given), fullgraph=True, backend="eager")(*tensors)
+        plain = torch.zeros_like(block)
+        BYTES.write(plain, piece, *tensors)
+        results = [[torch.empty_like(tensor) for tensor in tensors] for _ in range(2)]
+        form.read(block, piece, *results[0])
+        BYTES.read(plain, piece, *results[1])
+    assert (block != plain).float().mean() < 0.01
+    for one, other, tensor in zip(*results, tensors, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=float(tensor.abs().max()) / 120)
+    assert all(function._compiled is not None for function in wire.compiled()), "it has been compiled"
