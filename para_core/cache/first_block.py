@@ -213,6 +213,7 @@ class FirstBlockCache:
                 sums[chunk.index, 1] += previous.abs().sum(dtype=torch.float32)
         if step.compare:
             comm.all_reduce(sums)
+            comm.settle()
         if not step.compare or sums[:, 2].any():
             for chunk in step.chunks:
                 self._entries.pop(chunk.key, None)

@@ -195,6 +195,8 @@ class Runner:
             result = self.graphs.run(forward, tuple(arguments.args), arguments.kwargs, *identity, cache=self.cache if step else None)
         else:
             result = forward(*arguments.args, **arguments.kwargs)
+        if comm is not None and comm.rank == 0:
+            comm.settle()
         if not self.override.chooser.end_forward():
             self.graphs.drop()  # they hold the kernel that has just been replaced
             raise KernelBroken("an attention kernel gave NaN or infinity")

@@ -26,6 +26,9 @@ from .transport import LOOK, CommunicationFailed, Life, Transport
 __all__ = ["CommunicationFailed", "Communicator", "Meshes"]
 
 
+_SPIN = 0.005  # seconds for which ``settle`` looks without pause: short waits stay as short as the device's own
+
+
 class Communicator:
     """``para_core.sequence.mesh.Comm`` between processes. Made by ``join`` and ``split``.
 
@@ -82,6 +85,11 @@ class Communicator:
     @property
     def aborted(self) -> bool:
         return self._life.aborted
+
+    @property
+    def progress(self) -> tuple[int, bool]:
+        """How many collectives this rank has finished (on CUDA: enqueued), and whether it is in one. For any thread."""
+        return self._life.done, self._life.waiting
 
     def measure(self, exchanged: Exchanged | None) -> None:
         """Count and time there what this rank sends from now on, in subgroups too."""
@@ -205,12 +213,16 @@ class Communicator:
 
     def _guard(self, act: Callable[[], Any]) -> Any:
         self._life.check()
+        self._life.waiting = True
         try:
             return act()
         except BaseException:
             # A peer may be waiting for this rank, not for the one that failed: pass it on.
             self.abort()
             raise
+        finally:
+            self._life.waiting = False
+            self._life.done += 1
 
     def settle(self, timeout_s: float | None = None) -> None:
         """Block until what was enqueued on the current CUDA stream is done; nothing to do on the CPU.
@@ -234,7 +246,8 @@ class Communicator:
                 self._life.check()
                 for transport in self._life.transports:
                     transport.check()
-            time.sleep(0.0001)
+            if now > begin + _SPIN:
+                time.sleep(0.0001)
 
     def abort(self) -> None:
         """Make pending and later collectives of this communicator and all its subgroups fail, here and at the peers.

@@ -32,6 +32,8 @@ from .models import Models
 from .pool import Pool
 from .watch import Watch, next_of
 
+_COMPILING = 10  # times ``Timeouts.stuck`` in runs whose blocks are compiled, which may happen again at any step
+_COMPUTED = 1.0  # seconds without a look, after which rank 0 has not been waiting but computing, or was stopped itself
 _EXPLAINED = 2.0  # seconds in which the cause of a failed collective reaches the watch thread, if a peer is the cause
 
 
@@ -41,7 +43,10 @@ class GroupError(RuntimeError):
 
 @dataclass
 class Timeouts:
-    """Seconds. ``heartbeat``: silence in a run after which a worker counts as hung. ``idle``: without a run, then they leave."""
+    """Seconds. ``heartbeat``: silence in a run after which a worker counts as hung. ``idle``: without a run, then they leave.
+
+    ``stuck``: that a step waits for a worker that beats but does not get on; at least ``slowest`` times the longest step so far.
+    """
 
     start: float = 180.0
     join: float = 60.0
@@ -49,6 +54,8 @@ class Timeouts:
     heartbeat: float = 20.0
     collective: float = 1800.0
     idle: float = 900.0
+    stuck: float = 60.0
+    slowest: float = 20.0
 
 
 class Group(Models):
@@ -72,6 +79,10 @@ class Group(Models):
         self._epochs = itertools.count(1)
         self._epoch = 0
         self._running = False
+        self._patience: float | None = None  # seconds that the running step may wait for a member that does not get on
+        self._longest: float | None = None
+        self._floor = 0.0
+        self._looked = self._waiting = 0.0
         self._last_use = time.monotonic()
         self._unwanted: queue.SimpleQueue[int] = queue.SimpleQueue()
         # Held while members or their models change. The watch thread only ever tries to get it.
@@ -252,8 +263,25 @@ class Group(Models):
                 member.urge("abort", self._epoch)
 
     def _check(self) -> None:
+        """For a thread that waits for other ranks. Raises RankLost."""
+        if self.lost is None and self._patience is not None:
+            self._see_progress(self._patience)
         if self.lost is not None:
             raise RankLost(self.lost)
+
+    def _see_progress(self, patience: float) -> None:
+        """Lose members whose main thread hangs while another still beats: this rank waits, they do not, and nothing happens.
+
+        Where all wait, or a GPU hangs behind threads that have nothing more to do, nobody can tell whose fault it is.
+        """
+        now = time.monotonic()
+        if now - self._looked > _COMPUTED:
+            self._waiting = now
+        self._looked = now
+        still = [member for member in self._members if now - max(member.moved, self._waiting) > patience]
+        if len(still) == len(self._members):
+            for member in [member for member in still if not member.waits] or still:
+                self._lose(member, f"did not get on for {patience:.0f} s{member.last_line()}", kill=True)
 
     def _reply(self, member: Member, kind: str, timeout: float) -> Any:
         """The payload of the member's next answer of ``kind``. Raises RankLost."""
@@ -304,6 +332,8 @@ class Group(Models):
 
     def begin(self, **run: Any) -> None:
         """Sampling starts; ``run`` is told to every worker. Raises RankLost."""
+        self._longest = None
+        self._floor = self.timeouts.stuck * (_COMPILING if run.get("compiled") else 1)
         with self._shared():
             for member in self._members:
                 member.tell("begin", run)
@@ -316,7 +346,8 @@ class Group(Models):
         because its ranks would wait for this one. Raises Untransportable before anything is sent.
         """
         header, tensors = encode(dict(order))
-        with self._shared():
+        began = self._looked = self._waiting = time.monotonic()
+        with self._shared(), self._patient():
             assert self._comm is not None and self._meshes is not None
             buffer, layout = pack(tensors, self._device)
             for member in self._members:
@@ -327,7 +358,18 @@ class Group(Models):
             assert mesh is not None, "rank 0 is in every mesh"
             yield mesh, self._comm.split(range(degrees.world))
             self._comm.settle()
+        self._longest = max(self._longest or 0.0, time.monotonic() - began)
         self.counts["steps"] += 1
+
+    @contextmanager
+    def _patient(self) -> Iterator[None]:
+        """While a step runs: how long it may wait. The first of a run, in which kernels are compiled and tried, as long as it likes."""
+        if self._longest is not None:
+            self._patience = max(self._floor, self.timeouts.slowest * self._longest)
+        try:
+            yield
+        finally:
+            self._patience = None
 
     def measure(self, exchanged: Exchanged | None) -> None:
         """Count and time there what this rank exchanges with the others, until the run ends."""

@@ -35,7 +35,8 @@ class Held:
 class Member:
     """One sidecar. ``ready``: it has imported what it needs. ``heard``: when it last said something, by the monotonic clock.
 
-    ``models``: what it holds, by model id.
+    ``models``: what it holds, by model id. ``progress``: a mark that changes while its main thread gets on, ``moved``: when it last
+    did; ``waits``: that thread waits for other ranks.
     """
 
     rank: int
@@ -46,6 +47,15 @@ class Member:
     heard: float = 0.0
     replies: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     models: dict[int, Held] = field(default_factory=dict)
+    progress: Any = None
+    moved: float = 0.0
+    waits: bool = False
+
+    def beat(self, sign: dict[str, Any]) -> None:
+        """A sign of life, with what it says of the main thread."""
+        if sign["progress"] != self.progress:
+            self.progress, self.moved = sign["progress"], self.heard
+        self.waits = sign["waiting"]
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.device}"

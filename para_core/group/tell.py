@@ -26,6 +26,7 @@ def hear(comm: Comm, device: torch.device) -> Any:
     """On the others: what the first rank tells."""
     length = torch.zeros(1, dtype=torch.int64, device=device)
     comm.broadcast(length)
+    comm.settle()
     data = torch.zeros(int(length), dtype=torch.uint8, device=device)
     comm.broadcast(data)
     header, layout = json.loads(data.cpu().numpy().tobytes())

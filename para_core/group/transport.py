@@ -45,10 +45,14 @@ class Transport(Protocol):
 
 
 class Life:
-    """What a communicator and its subgroups share: whether it was aborted, what to look at while waiting, who counts, gloo's listener."""
+    """What a communicator and its subgroups share: whether it was aborted, what to look at while waiting, who counts, gloo's listener.
+
+    done: collectives that this rank has finished (on CUDA: enqueued). waiting: it is in one.
+    """
 
     def __init__(self) -> None:
-        self.aborted = False
+        self.aborted = self.waiting = False
+        self.done = 0
         self.on_wait: Callable[[], None] | None = None
         self.transports: list[Transport] = []
         self.exchanged: Exchanged | None = None

@@ -90,7 +90,9 @@ class Watch:
             self._group.lose(member, member.fate())
             return
         member.heard = time.monotonic()
-        if kind != "beat":
+        if kind == "beat":
+            member.beat(payload)
+        else:
             self._group.hear(member, kind, payload)
 
 

@@ -67,7 +67,7 @@ class Worker:
         self._leave = leave
         self._orders: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._attending = threading.Event()
-        self._epoch = self._ended = 0
+        self._epoch = self._ended = self._taken = 0
         self._comm: Communicator | None = None
         self._meshes: Meshes | None = None
         self._models: dict[int, Any] = {}
@@ -80,6 +80,7 @@ class Worker:
         self.channel.tell("ready")
         while True:
             kind, payload = self._orders.get()
+            self._taken += 1
             try:
                 self._answer(kind, payload)
             except ChannelClosed:  # also while a failure is being reported: rank 0's end is one for its peers
@@ -117,8 +118,10 @@ class Worker:
     def _beat(self) -> None:
         pause = threading.Event()
         while self._attending.wait():
+            comm = self._comm
+            done, waiting = comm.progress if comm is not None else (0, False)
             try:
-                self.channel.tell("beat")
+                self.channel.tell("beat", {"progress": [self._epoch, self._taken, done], "waiting": waiting})
             except ChannelClosed:
                 return
             pause.wait(BEAT)

@@ -31,6 +31,9 @@ class Solo:
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         pass
 
+    def settle(self) -> None:
+        pass
+
     def shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Callable[[], None]:
         received.copy_(sent)
         return lambda: None

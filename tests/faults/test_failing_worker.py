@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.sampling import TOLERANCE, Outcome, Prompt, check_full, load, prepared, reference, run, scripts
+from faults.sampling import TOLERANCE, Outcome, Prompt, at_step, check_full, load, prepared, reference, run, scripts
 
 LORA = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
 
@@ -76,6 +76,24 @@ def test_an_error_in_a_worker_is_told_and_the_worker_serves_the_next_prompt(
     assert any("The last it printed" in line and "faulty_sidecar.py" in line for line in outcome.log)
     check_full(prompt)
     assert group.pids == pids and group.counts["models"] == models
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_worker_that_beats_but_hangs_is_replaced_and_those_that_wait_for_it_stay(group, order, ranks: int) -> None:
+    from para_core.group.group import Timeouts
+
+    prompt = Prompt(ranks=ranks)
+    check_full(prompt)
+    pids = group.pids
+    group.timeouts.stuck, group.timeouts.slowest = 2.0, 2.0
+    undo = at_step(group, 1, 0.0, lambda: fault(order, "exchange", "hang"))
+    outcome = run(prompt)
+    undo()
+    assert not order.exists()
+    check_alone(outcome, prompt, "rank 1 on cpu did not get on for", "next prompt")
+    group.timeouts = Timeouts()
+    check_full(prompt)
+    assert group.pids[0] != pids[0] and group.pids[1:] == pids[1:]
 
 
 @pytest.mark.parametrize("how", ["kill", pytest.param("stop", marks=pytest.mark.slow)])

@@ -73,6 +73,9 @@ class FakeComm:
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         tensor.copy_(self._swap(tensor.clone())[root])
 
+    def settle(self) -> None:
+        pass
+
     def shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Callable[[], None]:
         assert sent.is_contiguous() and received.is_contiguous()
         if sent.numel():
