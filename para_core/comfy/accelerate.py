@@ -43,3 +43,20 @@ def compiling(patcher: ModelPatcher) -> Compile:
     if patcher.is_dynamic() or patcher.model.model_lowvram:
         return Compile("off")
     return Compile("compile+graph")
+
+
+def against_graphs(patcher: ModelPatcher) -> str:
+    """Why forwards of a model on a CUDA device are not captured as CUDA graphs, in a sentence; "" if they may be.
+
+    Under cudaMallocAsync torch (2.11) ends the process when it frees what was allocated in a capture that failed, was
+    cancelled or lost a rank; and compiled blocks cannot be captured under it at all.
+    """
+    asynchronous = torch.cuda.get_allocator_backend() == "cudaMallocAsync"
+    if patcher.is_dynamic():
+        flags = "--disable-dynamic-vram --disable-cuda-malloc" if asynchronous else "--disable-dynamic-vram"
+        return f"No CUDA graphs: weights move while the model runs (ComfyUI with {flags} keeps them on the GPU where they fit)."
+    if patcher.model.model_lowvram:
+        return "No CUDA graphs: some weights wait in host memory, because the GPU cannot hold all of them."
+    if asynchronous:
+        return "No CUDA graphs: with the allocator cudaMallocAsync one that fails ends ComfyUI (--disable-cuda-malloc: another allocator)."
+    return ""

@@ -20,7 +20,6 @@ from ..attention.timings import Timings
 from ..cache.first_block import Step, chunks
 from ..cache.predictor import ORDERS
 from ..cache.rule import Decisions, Window
-from ..execution.compiled import capturable
 from ..execution.runner import AttentionOverride, KernelBroken, Runner
 from ..group.codec import Untransportable
 from ..group.member import RankLost
@@ -197,11 +196,8 @@ class Session:
             return False
         if self.patcher.load_device.type != "cuda" or self.runner is None:
             return False
-        if self.patcher.is_dynamic() or self.patcher.model.model_lowvram:
-            self.notes.say("No CUDA graphs: weights move while the model runs (--disable-dynamic-vram keeps them on the GPU).")
-            return False
-        if self.runner.compiled is not None and not capturable():
-            self.notes.say("No CUDA graphs: with the allocator cudaMallocAsync they take no compiled blocks (--disable-cuda-malloc: both).")
+        if reason := accelerate.against_graphs(self.patcher):
+            self.notes.say(reason)
             return False
         assert self.chooser is not None
         stock = self.chooser.setting is None and comfy.model_management.sage_attention_enabled()

@@ -151,17 +151,6 @@ def mark(module: torch.nn.Module, exchanged: dict[str, Any]) -> Callable[[], Non
     return replace(module, "forward", forward)
 
 
-def capturable() -> bool:
-    """Whether a CUDA graph takes compiled blocks.
-
-    Under cudaMallocAsync the compiler's launchers refuse memory that was allocated in a capture. Its C++ wrapper
-    (TORCHINDUCTOR_CPP_WRAPPER=1) does not ask, but needs a C++ compiler and a minute the first time.
-    """
-    from torch._inductor import config  # only runs with graphs need it
-
-    return torch.cuda.get_allocator_backend() != "cudaMallocAsync" or config.cpp_wrapper
-
-
 def patched(options: dict[str, Any]) -> bool:
     """Whether code of other nodes runs inside the block: nodes may add it in the middle of a run."""
     return bool(options.get("patches"))

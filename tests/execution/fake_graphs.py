@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from para_core.execution.graphs import capture_stream
+
 
 class Recording(TorchDispatchMode):
     """Stays entered below every other mode; ``graph`` is the one that is being captured."""
@@ -37,6 +39,11 @@ class Card:
         self.called_off = False
         self.alive: set[int] = set()
         self.told: list[str] = []
+        self.streams = 0
+
+    def stream(self, _device: int) -> Any:
+        self.streams += 1
+        return SimpleNamespace(wait_stream=lambda _other: None)
 
 
 class Graph:
@@ -74,17 +81,20 @@ class Graph:
 @contextmanager
 def installed() -> Iterator[Card]:
     """In place of torch's."""
-    stream = SimpleNamespace(wait_stream=lambda _other: None)
+    capture_stream.cache_clear()
     with pytest.MonkeyPatch.context() as patch, Recording() as recording:
         card = Card(recording)
         patch.setattr(torch.cuda, "CUDAGraph", type("CardGraph", (Graph,), {"card": card}))
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-        patch.setattr(torch.cuda, "Stream", lambda: stream)
-        patch.setattr(torch.cuda, "current_stream", lambda: stream)
+        patch.setattr(torch.cuda, "Stream", card.stream)
+        patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=lambda _other: None))
         patch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         for name in ("synchronize", "empty_cache"):
             patch.setattr(torch.cuda, name, lambda: None)
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             patch.setattr(torch.cuda.memory, name, lambda _device, pool, name=name: card.told.append(f"{name} {pool}"))
-        yield card
+        try:
+            yield card
+        finally:
+            capture_stream.cache_clear()

@@ -118,6 +118,14 @@ def test_as_many_captures_are_alive_as_are_allowed_the_latest_used_ones(graphs, 
     assert torch.equal(graphs.run(model, (rows(2),), {}), model.expected(rows(2))) and model.calls == calls + 1
 
 
+def test_all_captures_of_all_runs_are_made_on_one_stream(graphs, model, card):
+    """cuBLAS keeps memory for every stream it has been used on."""
+    for count in range(1, 4):
+        captured(graphs, model, rows(count))
+        captured(Graphs(print, "cpu"), model, rows(count))
+    assert card.begun == 6 and card.streams == 1
+
+
 def test_dropping_frees_every_capture_and_what_was_kept_for_them(graphs, model, card):
     captured(graphs, model, rows(4))
     graphs.constants.held["table"] = torch.ones(1)

@@ -60,7 +60,6 @@ CASES = {
     "off": Case("off"),
     "graph": Case("graph"),
     "compile+graph": Case("compile+graph"),
-    "graph, cudaMallocAsync": Case("graph", allocator="cudaMallocAsync"),
     "off, dynamic VRAM": Case("off", flags=("--fp32-unet",), allocator="cudaMallocAsync"),
 }
 
@@ -86,17 +85,16 @@ WITHOUT = "goes on without CUDA graphs"
 
 def faults(case: Case, *, cuda: bool) -> list[Fault]:
     """Those that the case has: the first one on a group that has computed nothing yet."""
-    graph = case.graph and cuda
+    graph, compiled = case.graph and cuda, "compile" in case.mode and cuda
     stages = ["first", "capture", "later"] if graph else ["first", "later"]
-    found = [Fault("worker", "killed", "compiling", "alone", KILLED)] if "compile" in case.mode and cuda else []
-    found += [Fault("worker", "killed", stage, "alone", KILLED) for stage in stages]
-    found += [Fault("worker", "stopped", stage, "alone", HUNG) for stage in stages[-2:]]
+    killed = ["compiling", "capture"] if compiled else stages  # a worker that starts anew also compiles anew
+    found = [Fault("worker", "killed", stage, "alone", KILLED) for stage in killed]
+    found += [Fault("worker", "stopped", stage, "alone", HUNG) for stage in (stages[-1:] if compiled else stages[-2:])]
     found += [Fault("worker", "memory", stage, "shared" if stage == "capture" else "alone", FULL) for stage in stages]
     found += [Fault("rank 0", "cancelled", stage, "cancelled") for stage in stages]
     found += [Fault("rank 0", "memory", stage, "alone", f"rank 0 failed: {FULL}") for stage in ("first", "later") if not graph]
     if graph:
-        found += [Fault("rank 0", how, "capture", "shared", WITHOUT) for how in ("memory", "refused")]
-        found += [Fault("rank 0", "really full", "capture", "shared", WITHOUT)] if case.allocator == "native" else []
+        found += [Fault("rank 0", how, "capture", "shared", WITHOUT) for how in ("memory", "really full", "refused")]
         found += [Fault("one rank", how, "capture", outcome) for how, outcome in (("cancelled", "cancelled"), ("refused", "shared"))]
     return found
 
@@ -151,7 +149,8 @@ def outcome(call: list[str], name: str) -> list[list[str]]:
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith("ROW ")]
         found.append([name, "-", "FAIL", f"ended with {code}: {(lines or [''])[-1][:150]}"])
     wrong = code != "0" or any(row[2] != "ok" for row in found)
-    print(f"== {name}: ended with {code}" + ("\n" + "\n".join(text.splitlines()[-120:]) if wrong else ""), flush=True)
+    log = "\n".join(text.splitlines()[-120:]) if wrong else ""
+    print("\n".join([f"== {name}: ended with {code}", log, *("  ".join(row) for row in found)]), flush=True)  # the table comes last
     return found
 
 

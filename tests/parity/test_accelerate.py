@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from parity import inprocess
 
@@ -10,8 +12,6 @@ JOB = inprocess.Job("flux", steps=3)
 
 def resolved(*attached, steps=20, device="cpu", dynamic=False):
     """The settings of a run, and what was said."""
-    from types import SimpleNamespace
-
     import torch
 
     from para_core.comfy import accelerate
@@ -68,6 +68,22 @@ def test_blocks_are_compiled_where_weights_stay_on_a_gpu(comfy, monkeypatch):
     assert resolved(Accelerate(), device="cuda", dynamic=True)[0]["Compile"] == Compile("off")
     assert resolved(Accelerate(), device="cpu")[0]["Compile"] == Compile("off")
     assert "Compile" not in resolved(Accelerate(compile="off"), device="cuda")[0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("allocator", ["native", "cudaMallocAsync"])
+@pytest.mark.parametrize("lowvram", [False, True])
+def test_graphs_need_weights_and_memory_that_stay_and_a_sentence_names_the_flags(comfy, monkeypatch, dynamic, allocator, lowvram):
+    import torch
+
+    from para_core.comfy.accelerate import against_graphs
+
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
+    patcher = SimpleNamespace(is_dynamic=lambda: dynamic, model=SimpleNamespace(model_lowvram=lowvram))
+    reason = against_graphs(patcher)
+    assert bool(reason) is (dynamic or lowvram or allocator != "native")
+    flags = {"--disable-dynamic-vram": dynamic, "--disable-cuda-malloc": allocator != "native" and not (lowvram and not dynamic)}
+    assert all((flag in reason) is needed for flag, needed in flags.items())
 
 
 def test_on_the_cpu_it_computes_what_stock_does_without_splitting_and_says_why(comfy):
