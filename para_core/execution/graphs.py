@@ -92,7 +92,7 @@ class Recorder:
         self.begin()
 
 
-@lru_cache(maxsize=None)
+@lru_cache
 def capture_stream(device: int) -> torch.cuda.Stream:
     """The stream that captures on ``device`` are made on: one for all, because cuBLAS keeps 32 MiB for each that it has seen."""
     return torch.cuda.Stream(device)
