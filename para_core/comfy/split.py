@@ -21,7 +21,7 @@ from ..execution.ways import Machine
 from ..group.codec import Untransportable
 from ..group.group import GroupError
 from ..group.member import RankLost
-from ..plans.plan import Plan, attribute
+from ..plans.plan import Plan, attribute, patch_sides
 from ..sequence.degrees import choose
 from ..sequence.layout import balanced
 from ..sequence.mesh import Degrees
@@ -301,9 +301,7 @@ def processors_of_their_own(device: torch.device) -> bool:
 
 def image_tokens(plan: Plan, model: torch.nn.Module, sides: Sequence[int]) -> int:
     """Tokens of an image or a video of these latent ``sides``."""
-    patch = attribute(model, plan.patch)
-    patches = [patch] * len(sides) if isinstance(patch, int) else patch
-    return math.prod(-(-side // size) for side, size in zip(sides, patches, strict=True))
+    return math.prod(-(-side // size) for side, size in zip(sides, patch_sides(plan, model, len(sides)), strict=True))
 
 
 def shortest(plan: Plan, model: torch.nn.Module, call: ModelCall) -> int:

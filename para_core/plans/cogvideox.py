@@ -17,6 +17,7 @@ PLAN = Plan(
     ),
     streams=("img",),
     heads="num_attention_heads",
+    patch=("patch_size_t", "patch_size", "patch_size"),
     text="context",
     outside=0.25,
 )

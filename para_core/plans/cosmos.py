@@ -28,7 +28,7 @@ PREDICT2 = Plan(
     ),
     streams=("rows",),
     heads="num_heads",
-    patch="patch_spatial",
+    patch=("patch_temporal", "patch_spatial", "patch_spatial"),
     fewest=rows,
     outside=0.32,
 )
@@ -58,7 +58,7 @@ PREDICT1 = Plan(
     ),
     streams=("rows",),
     heads="num_heads",
-    patch="patch_spatial",
+    patch=("patch_temporal", "patch_spatial", "patch_spatial"),
     fewest=rows,
     borders="whole",  # positions are added to all tokens before every block
     decline=decline,

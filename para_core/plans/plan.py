@@ -98,7 +98,8 @@ class Plan:
     streams: the segments that are used after the last block (gathered there, and compared by the step cache); the rows of
         other segments are dropped by the model itself. heads: attribute path of the number of attention heads.
     text: argument of the model's forward with the text tokens (dim 1), where they are cut too. patch: attribute path of the
-        patch size, one number or one a side: how many tokens an image or a video has at least.
+        patch size, one number (of height and width) or one a side, or a path a side (nothing there: 1): how many tokens an
+        image or a video has at least.
     fewest: fewest(model, latents, get), rows of a segment that may be shorter than these (0: there is none), from the
         latents and the forward's arguments. coupled: coupled(get), whether batch rows depend on each other in this call.
     options: transformer options that the family's forward reads besides patches and the attention override: all that
@@ -121,7 +122,7 @@ class Plan:
     streams: Segments
     heads: str = ""
     text: str | None = None
-    patch: str = "patch_size"
+    patch: str | tuple[str, ...] = "patch_size"
     fewest: Callable[[Any, list, Callable[[str], Any]], int] | None = None
     coupled: Callable[[Callable[[str], Any]], bool] | None = None
     control: bool = False
@@ -159,6 +160,16 @@ def attribute(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name)
     return module
+
+
+def patch_sides(plan: Plan, model: Any, sides: int) -> list[int]:
+    """Patch size along each of a latent's last ``sides`` sides: frames, height, width."""
+    if isinstance(plan.patch, tuple):
+        found = [attribute(model, path) or 1 for path in plan.patch]
+    else:
+        patch = attribute(model, plan.patch)
+        found = [1, patch, patch] if isinstance(patch, int) else list(patch)
+    return found[-sides:]
 
 
 def signature(block) -> inspect.Signature:

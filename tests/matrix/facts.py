@@ -56,7 +56,8 @@ def of_model(plan: Plan, model: torch.nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for spec in plan.stacks:
         found |= of_blocks(spec, model)
-    for path in filter(None, (plan.heads, plan.patch if plan.stacks else "", plan.final)):
+    patches = (plan.patch if isinstance(plan.patch, tuple) else (plan.patch,)) if plan.stacks else ()
+    for path in filter(None, (plan.heads, *patches, plan.final)):
         try:
             attribute(model, path)
             found[path] = "there"

@@ -11,7 +11,7 @@ import torch
 from families.ranks import Call, latents
 from families.tiny import noise
 
-from para_core.plans.plan import Plan, attribute
+from para_core.plans.plan import Plan, patch_sides
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,9 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def patches(plan: Plan, model: torch.nn.Module, sides: int) -> list[int]:
-    """Patch size along each side of the latent."""
-    patch = attribute(model, plan.patch)
-    found = [patch] * sides if isinstance(patch, int) else list(patch)
-    if isinstance(patch, int) and sides == 3:
-        found[0] = 1
-    return found
-
-
 def image_tokens(plan: Plan, model: torch.nn.Module, call: Call) -> int:
     sides = latents(call)[0].shape[2:]
-    return math.prod(-(-side // patch) for side, patch in zip(sides, patches(plan, model, len(sides)), strict=True))
+    return math.prod(-(-side // patch) for side, patch in zip(sides, patch_sides(plan, model, len(sides)), strict=True))
 
 
 def reshaped(plan: Plan, model: torch.nn.Module, call: Call, shape: Shape, ranks: int) -> Call:
@@ -62,7 +53,7 @@ def reshaped(plan: Plan, model: torch.nn.Module, call: Call, shape: Shape, ranks
         call = with_text(call, shape.text(ranks))
     if shape.grid is not None or shape.frames is not None:
         old = tuple(latents(call)[0].shape[2:])
-        patch = patches(plan, model, len(old))
+        patch = patch_sides(plan, model, len(old))
         new = list(old)
         if shape.grid is not None:
             new[-2:] = [count * size for count, size in zip(shape.grid(ranks), patch[-2:], strict=True)]
