@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class Graphs:
             try:
                 capture = self._capture(key, call, leaves, tree, cache)
             except RuntimeError as error:
-                failure = next(iter(str(error).splitlines()), type(error).__name__)
+                failure = shorten(next(iter(str(error).splitlines()), type(error).__name__), 120, placeholder=" ...")
             if failure is not None:  # out here, the error's frames no longer hold the memory of what was captured
                 return self._uncaptured(failure, call, args, kwargs)
         assert capture is not None
