@@ -63,20 +63,24 @@ def round_trip(x: torch.Tensor, *, keys: bool = False) -> torch.Tensor:
 
 
 class Compiled:
-    """``function`` compiled to one kernel; as it is where that fails, which the log says."""
+    """``function`` compiled to one kernel; as it is where that fails, which the log says.
+
+    Compiled code is made anew for other strides, also those of dims of one: they are left out.
+    """
 
     def __init__(self, function: Callable[..., None]):
         self._plain = function
         self._compiled: Callable[..., None] | None = torch.compile(function)
 
-    def __call__(self, *tensors: torch.Tensor | None) -> None:
+    def __call__(self, first: torch.Tensor, *rest: torch.Tensor | None) -> None:
         if self._compiled is not None:
             try:
-                return self._compiled(*tensors)
+                single = tuple(dim for dim, size in enumerate(first.shape[:-1]) if size == 1)
+                return self._compiled(*(tensor.squeeze(single) for tensor in (first, *rest) if tensor is not None))
             except torch._dynamo.exc.TorchDynamoException as error:
                 log.warning("%s runs in several kernels, because it could not be compiled: %s", self._plain.__name__, error)
                 self._compiled = None
-        return self._plain(*tensors)
+        return self._plain(first, *rest)
 
 
 @lru_cache(maxsize=1)
