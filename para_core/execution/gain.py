@@ -23,7 +23,7 @@ WORTH = 1.05
 """Least forecast gain for which a run is split."""
 LAUNCH = 5e-6
 """Seconds of a small kernel, its launch included."""
-QUANTISING, QUANTISING_COMPILED = (5.5, 26), (1.0, 8)
+QUANTISING, QUANTISING_COMPILED = (7.5, 26), (1.0, 8)
 """Bytes moved for each byte of q, k and v that travels quantised, and kernels of a call on two ranks: more than without."""
 PART_LAUNCHES = 10
 """Kernels that packing and unpacking another part takes."""
