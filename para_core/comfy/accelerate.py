@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..cache.presets import FEW_STEPS, PRESETS
 from ..settings import Accelerate, Attention, Cache, Compile, Parallel
+from . import static
 
 
 def fill(settings: dict[str, Any], patcher: ModelPatcher, *, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def compiling(patcher: ModelPatcher) -> Compile:
     """Compiled blocks and graphs where weights stay on an NVIDIA GPU and torch's compiler has what it needs there."""
     if patcher.load_device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
         return Compile("off")
-    if patcher.is_dynamic() or patcher.model.model_lowvram:
+    if patcher.model.model_lowvram or (patcher.is_dynamic() and not static.possible(patcher)):
         return Compile("off")
     return Compile("compile+graph")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..sequence.mesh import Degrees
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
-from . import accelerate, calls, reports, sidecars, windows
+from . import accelerate, calls, reports, sidecars, static, windows
 from .calls import ModelCall
 from .forecasting import Forecaster
 from .lanes import Call, Lanes
@@ -57,7 +58,7 @@ class Session:
     """The state of one run on rank 0: settings, hooks, decisions of the cache, the split, and what to report."""
 
     def __init__(self, guider: comfy.samplers.CFGGuider, *, steps: int):
-        self.patcher = guider.model_patcher
+        self.guider, self.patcher = guider, guider.model_patcher
         self.options: dict[str, Any] = guider.model_options
         self.notes = Notes()
         self.cfg = float(getattr(guider, "cfg", 1.0))
@@ -67,6 +68,8 @@ class Session:
         self.attention: Attention | None = settings.get("Attention")
         self.caching: Cache | None = settings.get("Cache")
         self.compiling: Compile | None = settings.get("Compile")
+        if self._compilable() and static.possible(self.patcher):
+            self.patcher = static.copy(self.patcher, self.notes.say)
         self.model: torch.nn.Module = self.patcher.model.diffusion_model
         self.names = calls.names(self.model)
         self.lanes = Lanes()
@@ -87,6 +90,9 @@ class Session:
         """Install what the settings ask for and the model allows; say why where it does not."""
         for sentence in self.earlier:
             self.notes.say(sentence)
+        if self.guider.model_patcher is not self.patcher:
+            self._undo.append(partial(setattr, self.guider, "model_patcher", self.guider.model_patcher))
+            self.guider.model_patcher = self.patcher
         options = self.options.setdefault("transformer_options", {})
         previous = options.get(calls.OVERRIDE)
         backend = self.attention.backend if self.attention else None
@@ -180,6 +186,12 @@ class Session:
             self._undo.append(self.split.stop)
             for place, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
                 add_wrapper_with_key(place, KEY, wrapper, self.options, is_model_options=True)
+
+    def _compilable(self) -> bool:
+        """Whether this run would do better with weights that stay where they are."""
+        if self.compiling is None or calls.first_patch(self.options.get("transformer_options", {})):
+            return False
+        return self.compiling.blocks or (self.compiling.graph and torch.cuda.get_allocator_backend() != "cudaMallocAsync")
 
     def _compiles(self) -> bool:
         """Whether blocks are compiled in this run; what stands against it is said."""
