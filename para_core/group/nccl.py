@@ -36,7 +36,7 @@ _DTYPES = {
 }
 
 _POLL = 0.0002  # seconds between looks at a call in progress
-_ENDED = 5.0  # seconds that ``close`` waits for an aborted communicator to be gone
+_ENDED = 2.0  # seconds that ``close`` waits for an aborted communicator to be gone
 
 
 class _UniqueId(ctypes.Structure):
@@ -107,6 +107,14 @@ def publish_id(store: Store, rank: int) -> None:
         store.set("id", bytes(unique).hex())
 
 
+def _end(comm: ctypes.c_void_p, device: torch.device, unwanted: threading.Event) -> None:
+    """Abort ``comm`` once it is ``unwanted``: a thread's."""
+    unwanted.wait()
+    if comm:
+        with torch.cuda.device(device):
+            _library().ncclCommAbort(comm)
+
+
 class Nccl:
     """A ``Transport`` of one group. All its members make it at the same time, after ``publish_id``.
 
@@ -118,9 +126,12 @@ class Nccl:
         self._rank, self._size, self._device, self._life = rank, size, device, life
         self._lock = threading.Lock()  # held during calls, which are short; not while polling
         self._aborted = False
-        self._ending: threading.Thread | None = None
         self._aside = torch.cuda.Stream(device)
         self._comm = ctypes.c_void_p()
+        self._unwanted = threading.Event()
+        # started now, because an interpreter on its way out starts no more threads; it does not keep this object alive
+        self._end = threading.Thread(target=_end, args=(self._comm, device, self._unwanted), name="paradit-abort", daemon=True)
+        self._end.start()
         unique, config = _UniqueId.from_buffer_copy(bytes.fromhex(store.get("id").decode())), _non_blocking()
         try:
             with torch.cuda.device(device):
@@ -173,25 +184,17 @@ class Nccl:
         communicator any more. Those graphs are another thread's to drop, which must not wait for this one meanwhile.
         """
         with self._lock:
-            if not self._aborted:
-                self._aborted = True
-                if self._comm:
-                    self._ending = threading.Thread(target=self._end, name="paradit-abort", daemon=True)
-                    self._ending.start()
-
-    def _end(self) -> None:
-        with torch.cuda.device(self._device):
-            _library().ncclCommAbort(self._comm)
+            self._aborted = True
+        self._unwanted.set()
 
     def close(self) -> None:
         """Waits a moment until the communicator is gone: a process that ends before may crash on its way out."""
         self.abort()
-        if self._ending is not None:
-            self._ending.join(_ENDED)
+        self._end.join(_ENDED)
 
     def __del__(self) -> None:
-        if not getattr(self, "_aborted", True):
-            self.abort()
+        if hasattr(self, "_unwanted"):
+            self._unwanted.set()
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream

@@ -238,6 +238,7 @@ class Trial:
         self.messages = self.calls = 0
         """Exchanges and attention calls of a forward, where Python sees each."""
         self.level: int | None = None
+        self.communicators = 99  # of a group in use, NCCL's subgroups included
 
     def row(self, fault: Fault) -> list[str]:
         if self.level is None and fault.stage != "compiling":
@@ -353,11 +354,14 @@ class Trial:
         import torch
 
         gc.collect()
-        deadline = time.monotonic() + 5
-        while (ending := [one for one in threading.enumerate() if one.name == "paradit-abort"]) and time.monotonic() < deadline:
-            ending[0].join(0.1)
+        left = 0
+        for _ in range(50):
+            left = sum(one.name == "paradit-abort" for one in threading.enumerate())
+            if left <= self.communicators:
+                break
+            time.sleep(0.1)
         graphs = sum(type(one) is torch.cuda.CUDAGraph for one in gc.get_objects())
-        return [f"{graphs} graphs left"] * bool(graphs) + [f"{len(ending)} communicators left"] * bool(ending)
+        return [f"{graphs} graphs left"] * bool(graphs) + [f"{left} communicators"] * (left > self.communicators)
 
     def calm(self) -> tuple[Prompt, list[str]]:
         """A prompt without a fault, and what of it is not as it should be."""
@@ -393,6 +397,7 @@ class Trial:
         used = self.used()
         if self.level is None:
             self.level = used
+            self.communicators = sum(one.name == "paradit-abort" for one in threading.enumerate())
         if used - self.level > KEPT * self.size:
             wrong.append("memory")
         return found, wrong + self.leftovers()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,22 +20,34 @@ from para_core.group import nccl
 from para_core.group.transport import CommunicationFailed, Life
 
 
-@pytest.fixture
-def graphs(monkeypatch) -> threading.Event:
-    """Set once no CUDA graph holds the communicator: ``ncclCommAbort`` does not return before."""
+def library(monkeypatch) -> threading.Event:
     gone = threading.Event()
     library = SimpleNamespace(ncclCommAbort=lambda _comm: gone.wait(30), ncclCommGetAsyncError=lambda _comm, _state: 0)
     monkeypatch.setattr(nccl, "_library", lambda: library)
     monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+    return gone
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> Iterator[threading.Event]:
+    """Set once no CUDA graph holds the communicator: ``ncclCommAbort`` does not return before."""
+    gone = library(monkeypatch)
     yield gone
     gone.set()
 
 
 @pytest.fixture
-def transport() -> nccl.Nccl:
-    found = object.__new__(nccl.Nccl)
-    found._comm, found._device, found._life = 1, torch.device("cuda", 0), Life()
-    found._lock, found._aborted, found._ending = threading.Lock(), False, None
+def transport(graphs) -> nccl.Nccl:
+    return make()
+
+
+def make() -> nccl.Nccl:
+    """Made as ``__init__`` does it, without a store and other ranks."""
+    found, device = object.__new__(nccl.Nccl), torch.device("cuda", 0)
+    found._comm, found._life, found._lock, found._aborted = ctypes.c_void_p(1), Life(), threading.Lock(), False
+    found._unwanted = threading.Event()
+    found._end = threading.Thread(target=nccl._end, args=(found._comm, device, found._unwanted), daemon=True)
+    found._end.start()
     return found
 
 
@@ -42,13 +60,45 @@ def test_whoever_aborts_does_not_wait_for_cuda_graphs_of_another_thread(graphs, 
     with pytest.raises(CommunicationFailed, match="aborted"):
         transport.check()
     transport.abort()
-    assert time.monotonic() - started < 5 and not watch.is_alive() and transport._ending.is_alive()
+    assert time.monotonic() - started < 5 and not watch.is_alive() and transport._end.is_alive()
     graphs.set()
     transport.close()
-    assert not transport._ending.is_alive()
+    assert not transport._end.is_alive()
 
 
 def test_closing_waits_for_a_moment_only(graphs, transport, monkeypatch):
     monkeypatch.setattr(nccl, "_ENDED", 0.05)
     transport.close()
-    assert transport._ending.is_alive()
+    assert transport._end.is_alive()
+
+
+def test_one_that_is_forgotten_ends_too(graphs):
+    graphs.set()
+    transport = make()
+    end = transport._end
+    del transport
+    gc.collect()
+    end.join(10)
+    assert not end.is_alive()
+
+
+def test_it_can_be_ended_while_the_interpreter_exits():
+    """Then no new thread can be started, which Python 3.12 refuses."""
+    script = """
+import atexit, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from unit.group import test_nccl as here
+import pytest
+patch = pytest.MonkeyPatch()
+gone = here.library(patch)
+gone.set()
+transport = here.make()
+def close():
+    transport.close()
+    print("gone" if not transport._end.is_alive() else "stuck", flush=True)
+atexit.register(close)
+"""
+    root = Path(__file__).resolve().parents[3]
+    call = [sys.executable, "-c", script.format(root=str(root), tests=str(root / "tests"))]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "gone", done.stderr
