@@ -6,6 +6,9 @@ without an error and without the kernel, and every replay leaves garbage where a
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any
+
 import torch
 
 from ..log import log
@@ -19,12 +22,18 @@ def is_captured(backend: Backend, device: torch.device, dtype: torch.dtype, head
     """Capture a small call, replay it on other numbers, and compare with the kernel itself. Waits for the device."""
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, ROWS, head_dim, device=device, generator=generator).to(dtype) for _ in range(3))
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
     try:
         backend.run(q, k, v, mask=None, scale=None)
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            out = backend.run(q, k, v, mask=None, scale=None)
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                out = backend.run(q, k, v, mask=None, scale=None)
+                graph.capture_end()
+            except BaseException:
+                abandon(graph, pool)
+                raise
         v.copy_(torch.randn(v.shape, device=device, generator=generator))
         expected = backend.run(q, k, v, mask=None, scale=None)
         out.zero_()
@@ -34,3 +43,17 @@ def is_captured(backend: Backend, device: torch.device, dtype: torch.dtype, head
         log.info("attention backend %s cannot be captured: %s", backend.name, first_line(error))
         return False
     return bool(torch.linalg.vector_norm(out.float() - expected.float()) <= 1e-2 * torch.linalg.vector_norm(expected.float()))
+
+
+def abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a capture that failed; ``pool``: what it was begun with.
+
+    One that CUDA has called off cannot be ended through torch, whose allocator would take the process to be in the middle of
+    a capture from then on, and not free memory any more. There is no public way to tell it.
+    """
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        with suppress(RuntimeError):  # nor will it hear of what has ended
+            torch.cuda.memory._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch.cuda.memory._cuda_releasePool(torch.cuda.current_device(), pool)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from textwrap import shorten
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..attention.capture import abandon
 from ..cache.first_block import FirstBlockCache
 from .constants import Constants
 
@@ -70,17 +70,7 @@ class Recorder:
         self.parts[-1].capture_end()
 
     def abandon(self) -> None:
-        """End a capture that failed.
-
-        One that CUDA has called off cannot be ended through torch, whose allocator would take the process to be in the
-        middle of a capture from then on, and not free memory any more. There is no public way to tell it.
-        """
-        try:
-            self.end()
-        except RuntimeError:
-            with suppress(RuntimeError):  # nor will it hear of what has ended
-                torch.cuda.memory._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
-                torch.cuda.memory._cuda_releasePool(torch.cuda.current_device(), self._pool)
+        abandon(self.parts[-1], self._pool)
 
     def after_first(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
         self.taps += [before, after]

@@ -91,7 +91,7 @@ def installed() -> Iterator[Card]:
         patch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         for name in ("synchronize", "empty_cache"):
-            patch.setattr(torch.cuda, name, lambda: None)
+            patch.setattr(torch.cuda, name, lambda *_device: None)
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             patch.setattr(torch.cuda.memory, name, lambda _device, pool, name=name: card.told.append(f"{name} {pool}"))
         try:

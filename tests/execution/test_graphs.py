@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,3 +191,21 @@ def test_a_capture_that_CUDA_has_called_off_is_one_for_torch_s_allocator_too(gra
         assert torch.equal(graphs.run(model, (rows(4),), {}), model.expected(rows(4)))
     assert card.told == ["_cuda_endAllocateToPool pool", "_cuda_releasePool pool"]
     assert said == ["This run goes on without CUDA graphs: CUDA error: operation not permitted when stream is capturing"]
+
+
+@pytest.mark.parametrize(("kernel", "held"), [("plain", True), ("on another stream", False), ("refused", False)])
+def test_a_kernel_that_a_graph_does_not_hold_is_found_out(card, kernel, held):
+    from para_core.attention.capture import is_captured
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_options) -> torch.Tensor:
+        graph, card.recording.graph = card.recording.graph, None if kernel == "on another stream" else card.recording.graph
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        card.recording.graph = graph
+        if graph is not None and kernel == "refused":
+            card.called_off = True
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        return out
+
+    backend = SimpleNamespace(name=kernel, run=run)
+    assert is_captured(backend, torch.device("cpu"), torch.float32, 16) is held
+    assert bool(card.told) is (kernel == "refused") and card.recording.graph is None
