@@ -139,6 +139,9 @@ def test_what_travels_as_bytes_and_in_parts_is_told_to_sidecars_and_reported(com
     plain, before = run(Job(steps=3), Parallel(2))
     assert before["exchange"]["wire"] is None and before["exchange"]["parts"] == 1
     monkeypatch.setattr(Split, "_machine", lambda self: Machine(Link(1e-4, 1e6), 1e12))
+    monkeypatch.setattr(Ways, "_choose", lambda self, name, met, machine: Way(parts=3))
+    latents, line = run(Job(steps=3), Parallel(2))
+    assert line["exchange"]["parts"] == 3 and torch.equal(latents, plain), "parts change no bit"
     monkeypatch.setattr(Ways, "_choose", lambda self, name, met, machine: Way(wire=True, parts=2))
     latents, line = run(Job(steps=3), Parallel(2))
     _, text = found(latents)
