@@ -4,7 +4,8 @@
     python tests/gpu/modes.py --cpu      the same on the CPU with a tiny model, to see that the script works
     python tests/gpu/modes.py NAME ...   only these sets of flags
 
-CUDA graphs are for static weights in torch's own allocator; otherwise one sentence must name the flags that are missing.
+CUDA graphs are for torch's own allocator; otherwise one sentence must name the flag that is missing. Where dynamic VRAM is on,
+what compiles or captures takes a copy of the model whose weights stay.
 Each set of flags is a process of its own that does about memory what ComfyUI's main.py does, and samples stock and in every
 mode on one GPU. Milliseconds are those of a prompt's wall time a step, the best of three prompts, of which one at a time runs;
 other processes may be compiling meanwhile. `first s` is the first prompt of a mode, in which it compiles and captures.
@@ -47,7 +48,7 @@ class Case:
 
 CASES = {
     "default": Case(()),
-    "native": Case(("--disable-cuda-malloc",)),
+    "native": Case(("--disable-cuda-malloc",), graphs=True),
     "static": Case(("--disable-dynamic-vram",)),
     "static, native": Case(("--disable-dynamic-vram", "--disable-cuda-malloc"), graphs=True),
 }
