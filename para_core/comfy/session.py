@@ -68,7 +68,7 @@ class Session:
         self.attention: Attention | None = settings.get("Attention")
         self.caching: Cache | None = settings.get("Cache")
         self.compiling: Compile | None = settings.get("Compile")
-        if self._compilable() and static.possible(self.patcher):
+        if static.possible(self.patcher) and self._compilable():
             self.patcher = static.copy(self.patcher, self.notes.say)
         self.model: torch.nn.Module = self.patcher.model.diffusion_model
         self.names = calls.names(self.model)
