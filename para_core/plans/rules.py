@@ -45,7 +45,7 @@ def ranges(segments: Segments, *, shifted_by_local: str | None = None) -> Rule:
 def frames(segment: str) -> Rule:
     """Per-frame modulation ``(B, frames, parts, C)`` that a block repeats over the tokens of each frame.
 
-    Shards need not end at frame borders, so the rows are repeated here, over the whole length, and cut.
+    Shards need not end at frame borders: then the rows of the frames that are here are repeated by the rule, and cut.
     """
 
     def rule(cut: Cut, value):
@@ -54,8 +54,12 @@ def frames(segment: str) -> Rule:
 
         def expand():
             per_frame = -(-cut.lengths[segment] // value.shape[1])
-            whole = value.repeat_interleave(per_frame, dim=1)[:, : cut.lengths[segment]]
-            return cut.local(whole, (segment,), 1)
+            start, rows = cut.start(segment), cut.rows[segment][cut.rank]
+            first, last = start // per_frame, -(-(start + rows) // per_frame)
+            here = value[:, first:last]
+            if start == first * per_frame and rows == (last - first) * per_frame:
+                return here
+            return here.repeat_interleave(per_frame, dim=1).narrow(1, start - first * per_frame, rows)
 
         return cut.remember((id(value), segment), value, expand)
 
