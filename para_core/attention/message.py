@@ -47,6 +47,9 @@ class Form(Protocol):
     def dtype(self) -> torch.dtype | None:
         """Of the buffers; None for that of q, k and v."""
 
+    def __hash__(self) -> int:
+        """A form is one of few objects."""
+
     def size(self, piece: Piece) -> int:
         """Elements of one piece."""
 

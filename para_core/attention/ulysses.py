@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -42,15 +42,16 @@ class Part:
     index: int = 0
     count: int = 1
 
-    def kv(self, rank: int) -> slice:
-        """The key heads of this part among those of ``rank``."""
-        share = self.heads.kv[rank]
-        return slice(share * self.index // self.count, share * (self.index + 1) // self.count)
+    @cached_property
+    def kv(self) -> tuple[slice, ...]:
+        """The key heads of this part among those of each rank."""
+        return tuple(slice(share * self.index // self.count, share * (self.index + 1) // self.count) for share in self.heads.kv)
 
-    def q(self, rank: int) -> slice:
-        """The query heads of this part among those of ``rank``."""
-        kv, group = self.kv(rank), sum(self.heads.q) // sum(self.heads.kv)
-        return slice(kv.start * group, kv.stop * group)
+    @cached_property
+    def q(self) -> tuple[slice, ...]:
+        """The query heads of this part among those of each rank."""
+        group = sum(self.heads.q) // sum(self.heads.kv)
+        return tuple(slice(kv.start * group, kv.stop * group) for kv in self.kv)
 
 
 @lru_cache(maxsize=256)
@@ -88,101 +89,136 @@ def attend(
     ``mask`` is already this rank's (see ``masks.exchanged_mask``). ``wire``: q, k and v travel in this form. ``parts``: so many
     messages each way; those of one part travel while another is computed.
     """
-    cuts = [Part(heads, index, parts) for index in range(parts)]
-    arrivals = [
-        scatter(comm, q, k, v, q_rows=q_rows, kv_rows=kv_rows, part=part, traffic=traffic, wire=wire, ahead=parts > 1) for part in cuts
-    ]
+    form = wire or (ROWS if tuple(q_rows) == tuple(kv_rows) else PARTS)
+    batch, _, rows, dim = q.shape
+    trades = [trade(form, comm.rank, batch, dim, tuple(q_rows), tuple(kv_rows), Part(heads, index, parts)) for index in range(parts)]
+    arrivals = [scatter(comm, each, q, k, v, traffic, ahead=parts > 1) for each in trades]
     whole, departures = None, []
-    for part, arrive in zip(cuts, arrivals, strict=True):
+    for each, arrive in zip(trades, arrivals, strict=True):
         q_all, k_all, v_all = arrive()
         if q_all.numel() and k_all.numel():
-            own = mask[:, part.q(comm.rank)] if mask is not None and parts > 1 and mask.shape[1] > 1 else mask
+            own = mask[:, each.part.q[comm.rank]] if mask is not None and parts > 1 and mask.shape[1] > 1 else mask
             out = kernel.run(q_all, k_all, v_all, mask=own, scale=scale)
         else:
             out = torch.zeros_like(q_all)
         if whole is None:
-            whole = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-        departures.append(gather(comm, out, whole, rows=q_rows, part=part, traffic=traffic, ahead=parts > 1))
+            whole = q.new_empty(batch, rows, q.shape[1], dim)
+        departures.append(gather(comm, each, out, whole, traffic, ahead=parts > 1))
     for finish in departures:
         finish()
     assert whole is not None, "there is at least one part"
     return whole.transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class Trade:
+    """Sizes and places of one part's messages on one rank: worked out once a kind of call, because launching must be quick."""
+
+    form: Form
+    rank: int
+    batch: int
+    dim: int
+    q_rows: tuple[int, ...]
+    kv_rows: tuple[int, ...]
+    part: Part
+
+    def piece(self, source: int, destination: int) -> Piece:
+        heads = _length(self.part.q[destination]), _length(self.part.kv[destination])
+        return Piece(self.batch, self.q_rows[source], self.kv_rows[source], *heads, self.dim)
+
+    @cached_property
+    def own(self) -> Piece:
+        return self.piece(self.rank, self.rank)
+
+    @cached_property
+    def sent(self) -> list[int]:
+        return [self.form.size(self.piece(self.rank, other)) if other != self.rank else 0 for other in range(len(self.q_rows))]
+
+    @cached_property
+    def received(self) -> list[int]:
+        """The own piece has a place where what arrives is used in place."""
+        others = range(len(self.q_rows))
+        return [self.form.size(self.piece(other, self.rank)) if other != self.rank or self.form is ROWS else 0 for other in others]
+
+    @cached_property
+    def outward(self) -> list[tuple[int, int, Piece]]:
+        """First and last + 1 of ranks that get equally much, and how much."""
+        return [(first, last, self.piece(self.rank, first)) for first, last in _runs(self.part.heads.q, self.rank)]
+
+    @cached_property
+    def inward(self) -> list[tuple[int, int, Piece]]:
+        """The same of ranks that send."""
+        return [
+            (first, last, self.piece(first, self.rank)) for first, last in _runs([*zip(self.q_rows, self.kv_rows, strict=True)], self.rank)
+        ]
+
+    @cached_property
+    def back_sent(self) -> list[int]:
+        return [rows * self.batch * self.own.q_heads * self.dim for rows in self.q_rows]
+
+    @cached_property
+    def back_received(self) -> list[int]:
+        local, others = self.q_rows[self.rank] * self.batch * self.dim, range(len(self.q_rows))
+        return [local * _length(self.part.q[other]) if other != self.rank else 0 for other in others]
+
+
+trade = lru_cache(maxsize=1024)(Trade)
+
+
 def scatter(
-    comm: Comm,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    q_rows: Sequence[int],
-    kv_rows: Sequence[int],
-    part: Part,
-    traffic: Traffic,
-    wire: Form | None = None,
-    ahead: bool = False,
+    comm: Comm, trade: Trade, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, traffic: Traffic, *, ahead: bool = False
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Trade rows for heads. The result waits for all rows of this rank's heads: q ``(B, h, S_total, D)``, k, v ``(B, hkv, M_total, D)``."""
-    batch, _, _, dim = q.shape
-    rank, ranks = comm.rank, range(comm.size)
-    form = wire or (ROWS if tuple(q_rows) == tuple(kv_rows) else PARTS)
-
-    def piece(source: int, destination: int) -> Piece:
-        return Piece(batch, q_rows[source], kv_rows[source], _length(part.q(destination)), _length(part.kv(destination)), dim)
-
-    own = piece(rank, rank)
-    sent_sizes = [form.size(piece(rank, other)) if other != rank else 0 for other in ranks]
-    received_sizes = [form.size(piece(other, rank)) if other != rank or form is ROWS else 0 for other in ranks]
-    sent, received = (q.new_empty(sum(sizes), dtype=form.dtype or q.dtype) for sizes in (sent_sizes, received_sizes))
-    for first, last in _runs(part.heads.q, rank):
-        block = _block(sent, sent_sizes, first, last)
-        form.write(block, piece(rank, first), *(_heads_of(tensor, part, first, last, kv=kv) for tensor, kv in ((q, 0), (k, 1), (v, 1))))
-    mine = [_heads_of(tensor, part, rank, rank + 1, kv=kv) for tensor, kv in ((q, 0), (k, 1), (v, 1))]
+    form, rank, own, part = trade.form, trade.rank, trade.own, trade.part
+    sent, received = (q.new_empty(sum(sizes), dtype=form.dtype or q.dtype) for sizes in (trade.sent, trade.received))
+    for first, last, piece in trade.outward:
+        tensors = _heads_of(q, part, first, last), _heads_of(k, part, first, last, kv=True), _heads_of(v, part, first, last, kv=True)
+        form.write(_block(sent, trade.sent, first, last), piece, *tensors)
     if form is ROWS:
         split = (own.q_heads, own.kv_heads, own.kv_heads)
-        whole = received.view(sum(q_rows), batch, sum(split), dim).split(split, dim=2)
+        whole = received.view(sum(trade.q_rows), trade.batch, sum(split), trade.dim).split(split, dim=2)
     else:
-        whole = (q.new_empty(sum(q_rows), *own.q[1:]), *q.new_empty(sum(kv_rows), *own.kv[1:]).chunk(2, dim=2))
-    places = list(zip(whole, (q_rows, kv_rows, kv_rows), strict=True))
-    for (tensor, rows), tokens in zip(places, mine, strict=True):
-        _rows_of(tensor, rows, rank, rank + 1).copy_(tokens)
-    wait = _send(comm, received, sent, received_sizes, sent_sizes, traffic, ahead=ahead)
+        whole = (q.new_empty(sum(trade.q_rows), *own.q[1:]), *q.new_empty(sum(trade.kv_rows), *own.kv[1:]).chunk(2, dim=2))
+    _rows_of(whole[0], trade.q_rows, rank, rank + 1).copy_(_heads_of(q, part, rank, rank + 1))
+    _rows_of(whole[1], trade.kv_rows, rank, rank + 1).copy_(_heads_of(k, part, rank, rank + 1, kv=True))
+    _rows_of(whole[2], trade.kv_rows, rank, rank + 1).copy_(_heads_of(v, part, rank, rank + 1, kv=True))
+    wait = _send(comm, received, sent, trade.received, trade.sent, traffic, ahead=ahead)
 
     def arrive() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wait()
         if form is not ROWS:
-            for first, last in _runs([*zip(q_rows, kv_rows, strict=True)], rank):
-                block = _block(received, received_sizes, first, last)
-                form.read(block, piece(first, rank), *(_rows_of(tensor, rows, first, last) for tensor, rows in places))
-        q_all, k_all, v_all = (tensor.permute(1, 2, 0, 3) for tensor in whole)
-        return q_all, k_all, v_all
+            for first, last, piece in trade.inward:
+                places = [
+                    _rows_of(tensor, rows, first, last)
+                    for tensor, rows in zip(whole, (trade.q_rows, trade.kv_rows, trade.kv_rows), strict=True)
+                ]
+                form.read(_block(received, trade.received, first, last), piece, *places)
+        q_all, k_all, v_all = whole
+        return q_all.permute(1, 2, 0, 3), k_all.permute(1, 2, 0, 3), v_all.permute(1, 2, 0, 3)
 
     return arrive
 
 
 def gather(
-    comm: Comm, out: torch.Tensor, whole: torch.Tensor, *, rows: Sequence[int], part: Part, traffic: Traffic, ahead: bool = False
+    comm: Comm, trade: Trade, out: torch.Tensor, whole: torch.Tensor, traffic: Traffic, *, ahead: bool = False
 ) -> Callable[[], None]:
     """Trade heads for rows: ``out`` ``(B, h, S_total, D)``, and from the others this rank's rows, into ``whole`` ``(B, S, H, D)``.
 
     It is filled once the result has been called.
     """
-    batch, own, _, dim = out.shape
-    rank, local = comm.rank, rows[comm.rank]
-    sent = out.permute(2, 0, 1, 3).reshape(-1)
-    sent_sizes = [count * batch * own * dim for count in rows]
-    received_sizes = [local * batch * _length(part.q(other)) * dim if other != rank else 0 for other in range(comm.size)]
-    received = sent.new_empty(sum(received_sizes))
-    wait = _send(comm, received, sent, received_sizes, sent_sizes, traffic, ahead=ahead)
+    rank, part = trade.rank, trade.part
+    rows_first = out.permute(2, 0, 1, 3)
+    sent = rows_first.reshape(-1)
+    received = sent.new_empty(sum(trade.back_received))
+    wait = _send(comm, received, sent, trade.back_received, trade.back_sent, traffic, ahead=ahead)
     into = whole.transpose(1, 2)
-    start = sum(rows[:rank])
-    _heads_of(into, part, rank, rank + 1).copy_(out[:, :, start : start + local].permute(2, 0, 1, 3))
+    _heads_of(into, part, rank, rank + 1).copy_(_rows_of(rows_first, trade.q_rows, rank, rank + 1))
 
     def finish() -> None:
         wait()
-        for first, last in _runs(part.heads.q, rank):
-            block = _block(received, received_sizes, first, last)
-            _heads_of(into, part, first, last).copy_(block.unflatten(1, (local, batch, _length(part.q(first)), dim)))
+        for first, last, piece in trade.outward:
+            block = _block(received, trade.back_received, first, last)
+            _heads_of(into, part, first, last).copy_(block.view(last - first, *piece.q))
 
     return finish
 
@@ -201,33 +237,44 @@ def _send(
     if ahead:
         return comm.start_all_to_all(received, sent, received_sizes, sent_sizes)
     comm.all_to_all(received, sent, received_sizes, sent_sizes)
-    return lambda: None
+    return _nothing
 
 
-def _heads_of(tensor: torch.Tensor, part: Part, first: int, last: int, *, kv: int = 0) -> torch.Tensor:
+def _nothing() -> None:
+    pass
+
+
+def _heads_of(tensor: torch.Tensor, part: Part, first: int, last: int, *, kv: bool = False) -> torch.Tensor:
     """The part's heads of ranks ``first:last``, which have equal shares, in ``(B, H, S, D)``: a view ``(n, S, B, heads, D)``."""
-    shares, inner = (part.heads.kv, part.kv(first)) if kv else (part.heads.q, part.q(first))
-    begin, share = sum(shares[:first]), shares[first]
-    block = tensor[:, begin : begin + (last - first) * share].unflatten(1, (last - first, share))
-    return block[:, :, inner].permute(1, 3, 0, 2, 4)
+    shares, inner = (part.heads.kv, part.kv[first]) if kv else (part.heads.q, part.q[first])
+    batch, _, rows, dim = tensor.shape
+    by_batch, by_head, by_row, by_element = tensor.stride()
+    return tensor.as_strided(
+        (last - first, rows, batch, _length(inner), dim),
+        (shares[first] * by_head, by_row, by_batch, by_head, by_element),
+        tensor.storage_offset() + (sum(shares[:first]) + inner.start) * by_head,
+    )
 
 
 def _rows_of(tensor: torch.Tensor, rows: Sequence[int], first: int, last: int) -> torch.Tensor:
     """The rows of ranks ``first:last``, which have equally many, in ``(S_total, ...)``: a view ``(n, S, ...)``."""
-    begin, count = sum(rows[:first]), rows[first]
-    return tensor[begin : begin + (last - first) * count].unflatten(0, (last - first, count))
+    by_row, count = tensor.stride(0), rows[first]
+    return tensor.as_strided(
+        (last - first, count, *tensor.shape[1:]),
+        (count * by_row, *tensor.stride()),
+        tensor.storage_offset() + sum(rows[:first]) * by_row,
+    )
 
 
 def _block(flat: torch.Tensor, sizes: Sequence[int], first: int, last: int) -> torch.Tensor:
     """The pieces of ranks ``first:last``, which are equally large: ``(n, size)``."""
-    begin = sum(sizes[:first])
-    return flat[begin : begin + (last - first) * sizes[first]].view(last - first, sizes[first])
+    return flat.as_strided((last - first, sizes[first]), (sizes[first], 1), sum(sizes[:first]))
 
 
 def _runs(shares: Sequence[object], rank: int) -> Iterator[tuple[int, int]]:
     """Neighbouring ranks with equal shares, without ``rank``, as first and last + 1: their pieces are handled at once."""
     begin = 0
-    for (_, _), group in itertools.groupby(range(len(shares)), key=lambda other: (shares[other], (other > rank) - (other < rank))):
+    for _, group in itertools.groupby(range(len(shares)), key=lambda other: (shares[other], (other > rank) - (other < rank))):
         members = len(list(group))
         if begin != rank:
             yield begin, begin + members

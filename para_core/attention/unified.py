@@ -9,7 +9,7 @@ import torch
 from ..sequence.mesh import Mesh
 from . import ring, ulysses
 from .kernel import Kernel
-from .message import Form
+from .message import PARTS, ROWS, Form
 from .traffic import Traffic
 
 
@@ -35,11 +35,11 @@ def attend(
     """
     size = mesh.ulysses.size
     group = slice(mesh.ring.rank * size, (mesh.ring.rank + 1) * size)
-    part = ulysses.Part(heads)
-    rows = q_rows[group]
-    arrive = ulysses.scatter(mesh.ulysses, q, k, v, q_rows=rows, kv_rows=kv_rows[group], part=part, traffic=traffic, wire=wire)
+    form = wire or (ROWS if q_rows[group] == kv_rows[group] else PARTS)
+    trade = ulysses.trade(form, mesh.ulysses.rank, q.shape[0], q.shape[3], tuple(q_rows[group]), tuple(kv_rows[group]), ulysses.Part(heads))
+    tensors = ulysses.scatter(mesh.ulysses, trade, q, k, v, traffic)()
     blocks = [sum(kv_rows[start : start + size]) for start in range(0, len(kv_rows), size)]
-    out = ring.attend(mesh.ring, kernel, *arrive(), kv_rows=blocks, mask=mask, scale=scale, traffic=traffic, wire=wire)
+    out = ring.attend(mesh.ring, kernel, *tensors, kv_rows=blocks, mask=mask, scale=scale, traffic=traffic, wire=wire)
     whole = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-    ulysses.gather(mesh.ulysses, out, whole, rows=rows, part=part, traffic=traffic)()
+    ulysses.gather(mesh.ulysses, trade, out, whole, traffic)()
     return whole.transpose(1, 2)
