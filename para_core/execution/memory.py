@@ -13,7 +13,7 @@ from ..sequence.layout import balanced, weighted
 from ..sequence.mesh import Degrees
 
 ULYSSES = (0.2, 1.25)
-RING = (0.3, 1.45)
+RING = (0.35, 1.45)
 """Constant and slope over a card's share of rows and heads: no less than the live tensors of any model that
 tests/families/test_memory.py builds in its real size need, in bf16, on 2 to 8 cards."""
 

@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from para_core.attention.exchange import PLAIN, Way
 from para_core.execution.runner import AttentionOverride
 from para_core.plans import plan_for
 from para_core.sequence.hooks import Forward, Hooks, StackDone
@@ -55,6 +56,9 @@ class Silent:
         self.rank, self.size = rank, size
 
     def all_to_all(self, *_args) -> None: ...
+    def start_all_to_all(self, *_args, **_options) -> Callable[[], None]:
+        return lambda: None
+
     def all_reduce(self, *_args) -> None: ...
     def broadcast(self, *_args) -> None: ...
     def settle(self) -> None: ...
@@ -82,13 +86,15 @@ def mesh(ring: int, ulysses: int, rank: int = 0, speeds: tuple[float, ...] | Non
     return Mesh(Silent(rank, ring * ulysses), Silent(rank % ulysses, ulysses), Silent(rank // ulysses, ring), speeds)
 
 
-def peak(sized: Sized, shared: Mesh) -> int:
-    """Most bytes alive in a forward, beside its weights and its arguments."""
+def peak(sized: Sized, shared: Mesh, way: Way = PLAIN) -> int:
+    """Most bytes alive in a forward whose attention calls travel by ``way``, beside its weights and its arguments."""
     model, call = sized[0], dict(sized[1])
     plan = plan_for(model)
     assert plan is not None
     hooks = Hooks(plan, model)
-    options = {"optimized_attention_override": AttentionOverride(Output(), hooks)}
+    override = AttentionOverride(Output(), hooks)
+    override.ways.way = lambda _exchange, _call: way
+    options = {"optimized_attention_override": override}
     try:
         with torch.inference_mode(), Live() as live:
             hooks.forward = Forward(shared, plan.whole)

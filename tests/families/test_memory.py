@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
+from para_core.attention.exchange import Way
 from para_core.execution.memory import part
 from para_core.plans import PLANS, plan_for
 from para_core.plans.plan import attribute
@@ -15,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("comfy")
 
 QUICK = ("wan 14b",)
 SHARED = [Degrees(ulysses=2), Degrees(ulysses=4), Degrees(ulysses=8), Degrees(ring=2), Degrees(ring=4), Degrees(ring=2, ulysses=2)]
+WAYS = [Way(parts=2), Way(parts=4), Way(wire=True), Way(wire=True, parts=2)]
 WEIGHTED = [(Degrees(ulysses=2), (2.0, 1.0)), (Degrees(ulysses=3), (1.0, 3.0, 2.0)), (Degrees(ring=2, ulysses=2), (3.0, 1.0, 2.0, 2.0))]
 
 
@@ -34,6 +38,10 @@ def test_the_busiest_rank_needs_no_more_than_is_told(name: str, record_property)
     record_property("of stock's memory", {str(degrees): round(value, 3) for degrees, value in found.items()})
     assert [degrees for degrees in SHARED if found[degrees] > told(model, degrees, rows)] == []
     assert told(model, SHARED[0], rows) < 0.9, "and something is saved"
+    for degrees, way in itertools.product((Degrees(ulysses=2), Degrees(ulysses=4), Degrees(ring=2, ulysses=2)), WAYS):
+        if degrees.ring == 1 or way.parts == 1:
+            most = peak((model, call), mesh(degrees.ring, degrees.ulysses), way)
+            assert most / stock <= told(model, degrees, rows), (degrees, way)
     for degrees, speeds in WEIGHTED:
         most = max(peak((model, call), mesh(degrees.ring, degrees.ulysses, rank, speeds)) for rank in range(degrees.world))
         assert most / stock <= told(model, degrees, rows, speeds), (degrees, speeds)
