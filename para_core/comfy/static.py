@@ -45,9 +45,22 @@ def copy(patcher: ModelPatcher, say: Callable[[str], None]) -> ModelPatcher:
     except (OSError, RuntimeError) as error:
         say(f"Weights stay where dynamic VRAM has them: the model's file could not be read again ({error}).")
         return patcher
-    first.non_dynamic_delegate_model = made.get_clone_model_override()
+    if first.non_dynamic_delegate_model is None:
+        convert(made.model)
+        first.non_dynamic_delegate_model = made.get_clone_model_override()
     setattr(patcher, _COPY, made)
     return made
+
+
+def convert(model: torch.nn.Module) -> None:
+    """Give weights the type that the model computes with: while dynamic VRAM is on, ComfyUI's layers keep that of their file."""
+    for module in model.modules():
+        for name in ("weight", "bias"):
+            dtype, kept = getattr(module, f"{name}_comfy_model_dtype", None), getattr(module, name, None)
+            if dtype is None or not isinstance(kept, torch.nn.Parameter) or type(kept.data) is not torch.Tensor:
+                continue  # quantised ones stay as they are
+            if kept.is_floating_point() and kept.dtype != dtype:
+                setattr(module, name, torch.nn.Parameter(kept.data.to(dtype), requires_grad=False))
 
 
 def _first(patcher: ModelPatcher) -> ModelPatcher:

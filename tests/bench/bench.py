@@ -47,7 +47,7 @@ def main() -> int:
     if options.what == ["quality"]:
         import quality
 
-        comfy_import.boot_comfy("--cpu" if options.cpu else "--disable-dynamic-vram")
+        comfy_import.boot_comfy(["--cpu" if options.cpu else "--disable-dynamic-vram"])
         quality.main(options, machine(options.commit))
         return 0
     return part(options) if options.part else measure(options)
@@ -171,7 +171,7 @@ def show(record: Record) -> None:
 
 def part(options: argparse.Namespace) -> int:
     names = [name.partition(":")[::2] for name in options.part.split(",")]
-    comfy_import.boot_comfy(*flags(options, defaults=any(case == "defaults" for _, case in names)))
+    comfy_import.boot_comfy(flags(options, defaults=any(case == "defaults" for _, case in names)))
     comfy_import.initialise_memory()
     record = Record.read(options.record)
     try:

@@ -54,7 +54,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
     from env import comfy_import
 
-    comfy_import.boot_comfy(*sys.argv[3:])
+    comfy_import.boot_comfy(sys.argv[3:])
     from sizes import CASES
 
     write(CASES[sys.argv[1]], Path(sys.argv[2]))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 
 from .prepare import HERE, Environment
 
 
-def boot_comfy(*flags: str) -> None:
-    """Make `import comfy.*` work, with these command-line flags (none: `--cpu`). Call it before the first such import.
+def boot_comfy(flags: Sequence[str] = ("--cpu",)) -> None:
+    """Make `import comfy.*` work, with these command-line flags. Call it before the first such import.
 
     ComfyUI's root goes first on sys.path, because the checkout has a `nodes` too.
     """
@@ -20,7 +21,7 @@ def boot_comfy(*flags: str) -> None:
 
     standins.install()
     saved = sys.argv
-    sys.argv = ["comfy", *(flags or ("--cpu",))]
+    sys.argv = ["comfy", *flags]
     try:
         import comfy.options
 

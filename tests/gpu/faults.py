@@ -192,7 +192,7 @@ def inside(name: str, folder: Path, *, cpu: bool, only: str) -> None:
     os.environ["FAULT"] = str(order)
     from env.comfy_import import boot_comfy, dynamic_vram
 
-    boot_comfy(*(["--cpu"] if cpu else case.flags))
+    boot_comfy(["--cpu"] if cpu else case.flags)
     if not cpu:
         dynamic_vram()
     import comfy.sd

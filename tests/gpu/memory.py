@@ -102,7 +102,7 @@ def inside(name: str, *, cpu: bool) -> None:
     case = CASES[name]
     from env.comfy_import import boot_comfy, initialise_memory
 
-    boot_comfy(*(["--cpu"] if cpu else FLAGS))
+    boot_comfy(["--cpu"] if cpu else FLAGS)
     if not cpu:
         initialise_memory()
     import cases

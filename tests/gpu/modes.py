@@ -110,7 +110,7 @@ def inside(name: str, folder: Path, *, cpu: bool) -> None:
     case = CASES[name]
     from env.comfy_import import boot_comfy, initialise_memory
 
-    boot_comfy(*(["--cpu"] if cpu else [*case.flags, "--bf16-unet"]))
+    boot_comfy(["--cpu"] if cpu else [*case.flags, "--bf16-unet"])
     if not cpu:
         initialise_memory()
     import comfy.sd

@@ -147,7 +147,7 @@ def inside(name: str, folder: Path, *, cpu: bool) -> None:
         flags += ["--reserve-vram", f"{card() - case.usable - (folder / 'flux.safetensors').stat().st_size / 2**31:.2f}"]
     from env.comfy_import import boot_comfy, dynamic_vram
 
-    boot_comfy(*flags)
+    boot_comfy(flags)
     faulthandler.dump_traceback_later(LIMIT - 20)
     logging.getLogger("paradit").setLevel(logging.INFO)
     if not cpu:

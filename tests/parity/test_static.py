@@ -120,3 +120,15 @@ def test_accelerate_compiles_what_can_stay(streamed, monkeypatch) -> None:
     monkeypatch.setattr(streamed.static, "possible", lambda _patcher: False)
     assert accelerate.compiling(device) == Compile("off")
     assert Accelerate().compile == "auto"
+
+
+def test_weights_have_the_type_that_the_model_computes_with() -> None:
+    from para_core.comfy import static
+
+    layers = [torch.nn.Linear(3, 2, dtype=torch.float32), torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
+    for layer, dtype in zip(layers, (torch.bfloat16, torch.float32, None), strict=True):
+        layer.weight_comfy_model_dtype = layer.bias_comfy_model_dtype = dtype
+    expected, kept = layers[0].weight.detach().to(torch.bfloat16), layers[1].weight
+    static.convert(torch.nn.Sequential(*layers))
+    assert torch.equal(layers[0].weight, expected) and layers[0].bias.dtype == torch.bfloat16
+    assert layers[1].weight is kept and layers[2].weight.dtype == torch.float32
