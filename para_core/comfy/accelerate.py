@@ -53,7 +53,7 @@ def against_graphs(patcher: ModelPatcher) -> str:
     cancelled or lost a rank; and compiled blocks cannot be captured under it at all.
     """
     asynchronous = torch.cuda.get_allocator_backend() == "cudaMallocAsync"
-    if patcher.is_dynamic():
+    if patcher.is_dynamic() and not (asynchronous and static.possible(patcher)):
         flags = "--disable-dynamic-vram --disable-cuda-malloc" if asynchronous else "--disable-dynamic-vram"
         return f"No CUDA graphs: weights move while the model runs (ComfyUI with {flags} keeps them on the GPU where they fit)."
     if patcher.model.model_lowvram:

@@ -110,9 +110,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="faults whose name contains this")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        inside(options.case, options.folder, cpu=options.cpu, only=options.only)
+        inside(options.case, options.folder, cpu=options.cpu, only=options.only, rows=options.rows)
         return
     started, names = time.time(), options.names or (["off", "graph"] if options.cpu else [*CASES])
     with tempfile.TemporaryDirectory(prefix="paradit-gpu-") as folder:
@@ -134,7 +135,12 @@ def outcome(call: list[str], name: str) -> list[list[str]]:
     environment["PYTORCH_CUDA_ALLOC_CONF"] = f"backend:{CASES[name].allocator}"
     # both ranks use one card, which NCCL takes for a mistake unless they seem to be on two machines
     with tempfile.TemporaryFile("w+") as file:  # not a pipe: whoever outlives the case would keep it open
-        process = subprocess.Popen(call, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        rows = os.dup(1)  # the table comes last, and what is known by then must not be lost with it
+        call = [*call, "--rows", str(rows)]
+        process = subprocess.Popen(
+            call, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True, pass_fds=(rows,)
+        )
+        os.close(rows)
         try:
             code = str(process.wait(LIMIT))
         except subprocess.TimeoutExpired:
@@ -149,8 +155,7 @@ def outcome(call: list[str], name: str) -> list[list[str]]:
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith("ROW ")]
         found.append([name, "-", "FAIL", f"ended with {code}: {(lines or [''])[-1][:150]}"])
     wrong = code != "0" or any(row[2] != "ok" for row in found)
-    log = "\n".join(text.splitlines()[-120:]) if wrong else ""
-    print("\n".join([f"== {name}: ended with {code}", log, *("  ".join(row) for row in found)]), flush=True)  # the table comes last
+    print(f"== {name}: ended with {code}" + ("\n" + "\n".join(text.splitlines()[-120:]) if wrong else ""), flush=True)
     return found
 
 
@@ -186,7 +191,8 @@ class Records(logging.Handler):
         self.records.append(record)
 
 
-def inside(name: str, folder: Path, *, cpu: bool, only: str) -> None:
+def inside(name: str, folder: Path, *, cpu: bool, only: str, rows: int) -> None:
+    """``rows``: where each is written at once, beside the log."""
     faulthandler.dump_traceback_later(LIMIT - 10)  # where it hangs, if it does
     case, order = CASES[name], folder / f"{name}.json"
     os.environ["FAULT"] = str(order)
@@ -216,6 +222,7 @@ def inside(name: str, folder: Path, *, cpu: bool, only: str) -> None:
                 traceback.print_exc()
                 row = ["FAIL", "-", "-", "-", "-", "-", "-", f"{type(error).__name__}: {error}"[:160]]
             print("ROW " + json.dumps([name, fault.name, *row]), flush=True)
+            os.write(rows, "  ".join([name, fault.name, *row, "\n"]).encode())
             order.unlink(missing_ok=True)
     group.close()
     sys.stdout.flush()

@@ -70,20 +70,25 @@ def test_blocks_are_compiled_where_weights_stay_on_a_gpu(comfy, monkeypatch):
     assert "Compile" not in resolved(Accelerate(compile="off"), device="cuda")[0]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", ["", "copied", "kept"])
 @pytest.mark.parametrize("allocator", ["native", "cudaMallocAsync"])
 @pytest.mark.parametrize("lowvram", [False, True])
 def test_graphs_need_weights_and_memory_that_stay_and_a_sentence_names_the_flags(comfy, monkeypatch, dynamic, allocator, lowvram):
+    """``dynamic``: whether dynamic VRAM streams the model, and a run would take a copy whose weights stay."""
     import torch
 
+    from para_core.comfy import static
     from para_core.comfy.accelerate import against_graphs
 
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
-    patcher = SimpleNamespace(is_dynamic=lambda: dynamic, model=SimpleNamespace(model_lowvram=lowvram))
+    monkeypatch.setattr(static, "possible", lambda _patcher: dynamic == "copied")
+    patcher = SimpleNamespace(is_dynamic=lambda: bool(dynamic), model=SimpleNamespace(model_lowvram=lowvram))
     reason = against_graphs(patcher)
-    assert bool(reason) is (dynamic or lowvram or allocator != "native")
-    flags = {"--disable-dynamic-vram": dynamic, "--disable-cuda-malloc": allocator != "native" and not (lowvram and not dynamic)}
-    assert all((flag in reason) is needed for flag, needed in flags.items())
+    asynchronous = allocator != "native"
+    moves = dynamic == "kept" or dynamic == "copied" and not asynchronous  # a copy was to be had, and was not
+    assert bool(reason) is (moves or lowvram or asynchronous)
+    assert ("--disable-dynamic-vram" in reason) is moves
+    assert ("--disable-cuda-malloc" in reason) is (asynchronous and (moves or not lowvram))
 
 
 def test_on_the_cpu_it_computes_what_stock_does_without_splitting_and_says_why(comfy):
