@@ -46,6 +46,7 @@ class Exchange:
     bytes: Form = BYTES
     """How q, k and v travel where a call's way says bytes."""
     traffic: Traffic = field(default_factory=Traffic)
+    trades: ulysses.Trades = field(default_factory=dict, repr=False)
     index: dict[tuple[Joint, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
     """Rank-major permutations on their device; may be shared between exchanges."""
 
@@ -114,7 +115,7 @@ def _attend(
     common: dict[str, Any] = {"mask": mask, "scale": scale, "traffic": traffic, "wire": exchange.bytes if way.wire else None}
     if mesh.ulysses.size == 1:
         return ring.attend(mesh.ring, kernel, q, k, v, kv_rows=exchange.kv.rows, **common)
-    rows: dict[str, Any] = {"q_rows": exchange.q.rows, "kv_rows": exchange.kv.rows, "heads": heads}
+    rows: dict[str, Any] = {"q_rows": exchange.q.rows, "kv_rows": exchange.kv.rows, "heads": heads, "trades": exchange.trades}
     if mesh.ring.size == 1:
         return ulysses.attend(mesh.ulysses, kernel, q, k, v, **rows, **common, parts=way.parts)
     return unified.attend(mesh, kernel, q, k, v, **rows, **common)

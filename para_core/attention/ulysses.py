@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 
@@ -81,20 +82,22 @@ def attend(
     mask: torch.Tensor | None,
     scale: float | None,
     traffic: Traffic,
+    trades: Trades,
     wire: Form | None = None,
     parts: int = 1,
 ) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` of this rank's rows -> ``(B, H, S, D)``, memory ``(B, S, H, D)``.
 
-    ``mask`` is already this rank's (see ``masks.exchanged_mask``). ``wire``: q, k and v travel in this form. ``parts``: so many
-    messages each way; those of one part travel while another is computed.
+    ``mask`` is already this rank's (see ``masks.exchanged_mask``). ``trades`` are kept for the next such call. ``wire``: q, k and v
+    travel in this form. ``parts``: so many messages each way; those of one part travel while another is computed.
     """
     form = wire or (ROWS if tuple(q_rows) == tuple(kv_rows) else PARTS)
     batch, _, rows, dim = q.shape
-    trades = [trade(form, comm.rank, batch, dim, tuple(q_rows), tuple(kv_rows), Part(heads, index, parts)) for index in range(parts)]
-    arrivals = [scatter(comm, each, q, k, v, traffic, ahead=parts > 1) for each in trades]
+    rows_of_all = tuple(q_rows), tuple(kv_rows)
+    cuts = [kept(trades, form, comm.rank, batch, dim, *rows_of_all, heads, index, parts) for index in range(parts)]
+    arrivals = [scatter(comm, each, q, k, v, traffic, ahead=parts > 1) for each in cuts]
     whole, departures = None, []
-    for each, arrive in zip(trades, arrivals, strict=True):
+    for each, arrive in zip(cuts, arrivals, strict=True):
         q_all, k_all, v_all = arrive()
         if q_all.numel() and k_all.numel():
             own = mask[:, each.part.q[comm.rank]] if mask is not None and parts > 1 and mask.shape[1] > 1 else mask
@@ -112,7 +115,7 @@ def attend(
 
 @dataclass(frozen=True)
 class Trade:
-    """Sizes and places of one part's messages on one rank: worked out once a kind of call, because launching must be quick."""
+    """Sizes and places of one part's messages on one rank: worked out once a kind of call, as launching must be quick."""
 
     form: Form
     rank: int
@@ -120,7 +123,13 @@ class Trade:
     dim: int
     q_rows: tuple[int, ...]
     kv_rows: tuple[int, ...]
-    part: Part
+    heads: Heads
+    index: int = 0
+    count: int = 1
+
+    @cached_property
+    def part(self) -> Part:
+        return Part(self.heads, self.index, self.count)
 
     def piece(self, source: int, destination: int) -> Piece:
         heads = _length(self.part.q[destination]), _length(self.part.kv[destination])
@@ -162,7 +171,15 @@ class Trade:
         return [local * _length(self.part.q[other]) if other != self.rank else 0 for other in others]
 
 
-trade = lru_cache(maxsize=1024)(Trade)
+Trades = dict[tuple, Trade]
+"""Those of one exchange, by what they are made of."""
+
+
+def kept(trades: Trades, *how: Any) -> Trade:
+    """``Trade(*how)``, made once."""
+    if how not in trades:
+        trades[how] = Trade(*how)
+    return trades[how]
 
 
 def scatter(

@@ -26,6 +26,7 @@ def attend(
     mask: torch.Tensor | None,
     scale: float | None,
     traffic: Traffic,
+    trades: ulysses.Trades,
     wire: Form | None = None,
 ) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` of this rank's rows -> ``(B, H, S, D)``, memory ``(B, S, H, D)``.
@@ -36,7 +37,8 @@ def attend(
     size = mesh.ulysses.size
     group = slice(mesh.ring.rank * size, (mesh.ring.rank + 1) * size)
     form = wire or (ROWS if q_rows[group] == kv_rows[group] else PARTS)
-    trade = ulysses.trade(form, mesh.ulysses.rank, q.shape[0], q.shape[3], tuple(q_rows[group]), tuple(kv_rows[group]), ulysses.Part(heads))
+    rows_of_all = tuple(q_rows[group]), tuple(kv_rows[group])
+    trade = ulysses.kept(trades, form, mesh.ulysses.rank, q.shape[0], q.shape[3], *rows_of_all, heads)
     tensors = ulysses.scatter(mesh.ulysses, trade, q, k, v, traffic)()
     blocks = [sum(kv_rows[start : start + size]) for start in range(0, len(kv_rows), size)]
     out = ring.attend(mesh.ring, kernel, *tensors, kv_rows=blocks, mask=mask, scale=scale, traffic=traffic, wire=wire)
