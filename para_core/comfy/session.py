@@ -186,6 +186,7 @@ class Session:
             self._undo.append(self.split.stop)
             for place, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
                 add_wrapper_with_key(place, KEY, wrapper, self.options, is_model_options=True)
+                self._undo.append(partial(self.options["transformer_options"]["wrappers"][place].pop, KEY, None))
 
     def _compilable(self) -> bool:
         """Whether this run would do better with weights that stay where they are."""
@@ -246,6 +247,7 @@ class Session:
         while self._undo:
             self._undo.pop()()
         report = self.report()
+        self.split = None  # which knows this session: nothing may keep the patcher, not even until Python looks for circles
         if self.used:
             log.info("run: %s", json.dumps(report))
             show("\n".join([summary(report), *self.notes.said]))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import random
+import weakref
 
 import pytest
 from faults.counts import count
 from faults.sampling import scripts
 from faults.test_life import within
-from parity.inprocess import Job, load, run
+from parity.inprocess import Job, attached, load, run, sample
 
 from para_core.settings import Attention, Cache, Parallel
 
@@ -56,3 +58,17 @@ def test_memory_and_objects_do_not_grow_over_prompts_of_changing_sizes(
 def more(old: dict[str, int], new: dict[str, int]) -> dict[str, tuple[int, int]]:
     """What there are more of, with the numbers before and after."""
     return {name: (old.get(name, 0), number) for name, number in new.items() if number > old.get(name, 0)}
+
+
+def test_nothing_keeps_a_nodes_model_after_its_run(group) -> None:
+    """Not even until Python looks for circles: ComfyUI would take it for a leak, and not unload the weights behind it."""
+    for settings in ((Cache(0.05),), (Parallel(2),), (Parallel(2), Cache(0.05), Attention("exact"))):
+        model = attached(load("flux"), *settings)
+        known = weakref.ref(model)
+        gc.disable()
+        try:
+            sample(model, Job(cfg=5.0, tokens=(11, 7)))
+            del model
+            assert known() is None, settings
+        finally:
+            gc.enable()
