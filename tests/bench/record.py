@@ -119,7 +119,8 @@ def kitchen() -> dict[str, str]:
         return {}
     import comfy_kitchen
 
-    return {"comfy-kitchen": f"{version} ({', '.join(name for name, way in comfy_kitchen.list_backends().items() if way['available'])})"}
+    working = sorted(name for name, way in comfy_kitchen.list_backends().items() if way["available"])
+    return {"comfy-kitchen": f"{version} ({', '.join(working)})"}
 
 
 def memory() -> str:
