@@ -60,6 +60,20 @@ def test_run_over_processes_equals_stock(name: str, split: str) -> None:
     assert error(result, expected) < 1e-5 * STEPS * 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees", [(1, 8, 1), (1, 4, 2), (2, 2, 2), (2, 4, 1)], ids=str)
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_eight_ranks_equal_stock(name: str, degrees: tuple[int, int, int]) -> None:
+    """What no machine of this project has had GPUs for. Text and image have at least a row a rank."""
+    batch, ring, ulysses = degrees
+    model, call = patcher(name)
+    expected = sample(model, name, call, 3.0)
+    with reports() as lines:
+        result = sample(attached(model, Parallel(8, batch_degree=batch, ring_degree=ring, ulysses_degree=ulysses)), name, call, 3.0)
+    assert lines[0]["notes"] == [] and lines[0]["degrees"] == list(degrees)
+    assert error(result, expected) < 1e-5 * STEPS * 3
+
+
 def test_degrees_are_lowered_to_the_rows_there_are() -> None:
     model, call = patcher("cosmos predict2")
     call["x"] = noise(1, 16, 3, 4, 14)  # two rows of tokens for three ranks
