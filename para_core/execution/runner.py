@@ -77,6 +77,8 @@ class AttentionOverride:
             kwargs["scale"] = scale
         if not low_precision:
             kwargs["low_precision_attention"] = False
+        if k.shape[1] != q.shape[1]:
+            kwargs["enable_gqa"] = True
         call = Call.parse(self.stock, (q, k, v, q.shape[1]), kwargs)
         forward = self.hooks.forward if self.hooks is not None else None
         exchange = None
