@@ -188,7 +188,8 @@ def changed(plan: Plan, what: str) -> PlanError:
 def check(plan: Plan, model) -> list[tuple[Blocks, list]]:
     """The plan's block lists as they stand on ``model``, empty ones left out.
 
-    Raises PlanError where a list is missing, a block does not take the arguments the plan names, or the plan declines.
+    Raises PlanError where a list is missing, a block does not take the arguments the plan names or no transformer options,
+    by which alone its attention is reached, or where the plan declines.
     """
     found = []
     for spec in plan.stacks:
@@ -199,7 +200,7 @@ def check(plan: Plan, model) -> list[tuple[Blocks, list]]:
         blocks = list(holder.values() if hasattr(holder, "values") else holder)
         for block in blocks:
             kinds = {parameter.kind for parameter in signature(block).parameters.values()}
-            missing = {*spec.tokens, *spec.tables, *spec.rules} - set(parameters(spec, block))
+            missing = {*spec.tokens, *spec.tables, *spec.rules, "transformer_options"} - set(parameters(spec, block))
             if missing and inspect.Parameter.VAR_KEYWORD not in kinds:
                 raise changed(plan, f"{type(block).__name__}.forward takes no {', '.join(sorted(missing))}")
             for name in (*(spec.exchange or ()), *spec.crosses):

@@ -1,4 +1,7 @@
-"""Models whose tokens are not cut, but whose batch rows do not know of each other: those go to different ranks."""
+"""Models whose tokens are not cut, but whose batch rows do not know of each other: those go to different ranks.
+
+Ernie-Image could be cut like Lumina 2, but its blocks are given no transformer options: no way to their attention.
+"""
 
 from .plan import Plan
 
@@ -12,7 +15,7 @@ def decline(model) -> str:
 
 PLAN = Plan(
     family="U-Net or other model without a plan",
-    models=("diffusionmodules.openaimodel.UNetModel", "ldm.aura.mmdit.MMDiT"),
+    models=("diffusionmodules.openaimodel.UNetModel", "ldm.aura.mmdit.MMDiT", "ldm.ernie.model.ErnieImageModel"),
     stacks=(),
     streams=(),
     decline=decline,

@@ -20,6 +20,7 @@ from .tiny import (
     minimax,
     mochi,
     noise,
+    omnigen,
     qwen,
     sd3,
     wan,
@@ -148,6 +149,8 @@ CASES: dict[str, Callable[[], Tiny]] = {
     "cosmos 1": lambda: cosmos.cosmos1(),
     "kandinsky 5": lambda: kandinsky.kandinsky(),
     "kandinsky 5 image": lambda: kandinsky.kandinsky(x=noise(2, 16, 1, 10, 14)),
+    "omnigen2": lambda: omnigen.omnigen(),
+    "omnigen2 reference": lambda: omnigen.omnigen(ref_latents=[noise(2, 16, 6, 10, seed=9)]),
 }
 
 # models whose blocks no plan describes
@@ -155,4 +158,5 @@ UNCUT: dict[str, Callable[[], Tiny]] = {
     "unet": lambda: whole.unet(),
     "aura": lambda: whole.aura(),
     "pixart": lambda: whole.pixart(),
+    "ernie": lambda: whole.ernie(),
 }

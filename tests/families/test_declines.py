@@ -69,6 +69,14 @@ def test_missing_lists_and_renamed_arguments_are_declined() -> None:
     with pytest.raises(PlanError, match="Renamed.forward takes no hidden_states"):
         check(plan, model)
 
+    class Deaf(torch.nn.Module):
+        def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None):
+            return hidden_states, encoder_hidden_states
+
+    model.blocks = torch.nn.ModuleList([Deaf() for _ in blocks])
+    with pytest.raises(PlanError, match="Deaf.forward takes no transformer_options"):
+        check(plan, model)
+
 
 TOO_FEW: dict[str, Callable[[], Tiny]] = {
     "LTX-2 has too few rows of audio here \\(2\\) for 3 ranks": lambda: ltx.ltxav(audio=2),
@@ -89,11 +97,11 @@ def test_fewer_rows_than_ranks_are_declined_before_anything_is_sent(sentence: st
 # diffusion models of ComfyUI 0.30.0 that no plan names: they run stock
 STOCK = """
 ace.ace_step15.AceStepConditionGenerationModel ace.model.ACEStepTransformer2DModel audio.dit.AudioDiffusionTransformer
-boogu.model.BooguTransformer2DModel cascade.stage_b.StageB cascade.stage_c.StageC ernie.model.ErnieImageModel
+boogu.model.BooguTransformer2DModel cascade.stage_b.StageB cascade.stage_c.StageC
 hidream_o1.model.HiDreamO1Transformer hunyuan3d.model.Hunyuan3Dv2 hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain
 hydit.models.HunYuanDiT ideogram4.model.Ideogram4Transformer2DModel joyimage.model.JoyImageTransformer3DModel
 krea2.model.SingleStreamDiT lens.model.LensTransformer2DModel mage_flow.model.MageFlowTransformer2DModel
-omnigen.omnigen2.OmniGen2Transformer2DModel pixart.pixartms.PixArtMS pixeldit.model.PixDiT_T2I pixeldit.pid.PidNet
+pixart.pixartms.PixArtMS pixeldit.model.PixDiT_T2I pixeldit.pid.PidNet
 seedvr.model.NaDiT triposplat.model.LatentSeqMMFlowModel wan.ar_model.CausalWanModel
 """
 NO_DIFFUSION = {"rt_detr.rtdetr_v4.RTv4", "depth_anything_3.model.DepthAnything3Net", "sam3.detector.SAM3Model"}

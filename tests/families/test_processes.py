@@ -94,7 +94,7 @@ BATCHES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("batch", [name if name != "two prompts" else pytest.param(name, marks=pytest.mark.slow) for name in BATCHES])
-@pytest.mark.parametrize("name", ["unet", "aura"])
+@pytest.mark.parametrize("name", ["unet", "aura", "ernie"])
 def test_batch_rows_of_a_model_that_is_not_cut_run_on_several_ranks(name: str, batch: str) -> None:
     model, call = patcher(name)
     expected = sample(model, name, call, 3.0, **BATCHES[batch])

@@ -1,4 +1,4 @@
-"""Models without a plan for their blocks: the U-Net of SDXL and of Stable Video Diffusion, AuraFlow, PixArt."""
+"""Models without a plan for their blocks: the U-Net of SDXL and of Stable Video Diffusion, AuraFlow, PixArt, Ernie-Image."""
 
 from __future__ import annotations
 
@@ -53,6 +53,13 @@ def aura() -> Tiny:
         max_seq=64,
     )
     return seeded(model), given(2, 4, 10, 14, text=7)
+
+
+def ernie() -> Tiny:
+    from comfy.ldm.ernie.model import ErnieImageModel
+
+    sizes = dict(hidden_size=WIDTH, num_attention_heads=HEADS, num_layers=3, ffn_hidden_size=64, text_in_dim=40, rope_axes_dim=(4, 6, 6))
+    return seeded(built(ErnieImageModel, **sizes)), given(2, 128, 5, 7, scale=1000, text=7)
 
 
 def pixart() -> Tiny:
