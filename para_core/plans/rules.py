@@ -75,6 +75,22 @@ def index(segment: str) -> Rule:
     return rule
 
 
+def image_slice(segment: str) -> Rule:
+    """``img_slice`` of the transformer options, where text and image are one ``segment``: which of this rank's rows are image.
+
+    Patches that are given whole tokens find the whole one in the cut.
+    """
+    local = index(segment)
+
+    def rule(cut: Cut, value):
+        if "img_slice" not in value:
+            return value
+        cut.image_slice = value["img_slice"]
+        return {**value, "img_slice": [local(cut, row) for row in cut.image_slice]}
+
+    return rule
+
+
 def crop(segment: str) -> Rule:
     """The number of rows of ``segment`` that take part in attention, the first ones: how many of this rank's do."""
 

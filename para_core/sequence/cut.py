@@ -22,6 +22,7 @@ class Cut:
 
     lengths: whole rows of each segment. rows: rows of each segment on each rank. grids: segments whose rows are each a
     grid of several tokens: how many before and after the cut dim. regathered: segments that are whole between blocks.
+    image_slice: ``img_slice`` of the transformer options in whole rows, where a rule has changed it to local ones.
     """
 
     def __init__(self, rank: int, ranks: int, weights: Sequence[float] | None = None, regathered: Collection[str] = ()):
@@ -29,6 +30,7 @@ class Cut:
         self.lengths: dict[str, int] = {}
         self.rows: dict[str, tuple[int, ...]] = {}
         self.grids: dict[str, tuple[int, int]] = {}
+        self.image_slice: list[int] | None = None
         self._attended: dict[str, tuple[int, ...]] = {}
         self._pairs: dict[Any, Any] = {}
         self._remembered: dict[Any, tuple[Any, Any]] = {}

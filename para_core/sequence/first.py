@@ -86,7 +86,7 @@ def whole_slice(options: dict[str, Any], cut: Cut, segments: Segments, stream: s
         yield
         return
     start = sum(cut.lengths[name] for name in segments[: segments.index(stream)])
-    options["img_slice"] = [start, start + cut.lengths[stream]]
+    options["img_slice"] = cut.image_slice or [start, start + cut.lengths[stream]]
     try:
         yield
     finally:

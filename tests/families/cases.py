@@ -14,6 +14,7 @@ from .tiny import (
     hidream,
     hunyuan,
     kandinsky,
+    krea,
     ltx,
     lumina,
     mask,
@@ -149,6 +150,11 @@ CASES: dict[str, Callable[[], Tiny]] = {
     "cosmos 1": lambda: cosmos.cosmos1(),
     "kandinsky 5": lambda: kandinsky.kandinsky(),
     "kandinsky 5 image": lambda: kandinsky.kandinsky(x=noise(2, 16, 1, 10, 14)),
+    "krea 2": lambda: krea.krea(),
+    "krea 2 reference": lambda: krea.krea(ref_latents=[noise(2, 16, 1, 6, 10, seed=9)], ref_latents_method="index"),
+    "krea 2 reference at timestep zero": lambda: krea.krea(
+        ref_latents=[noise(2, 16, 1, 6, 10, seed=9)], ref_latents_method="index_timestep_zero"
+    ),
     "omnigen2": lambda: omnigen.omnigen(),
     "omnigen2 reference": lambda: omnigen.omnigen(ref_latents=[noise(2, 16, 6, 10, seed=9)]),
 }

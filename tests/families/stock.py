@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hidream": ("HiDream", {**POOLED, "conditioning_llama3": noise(1, 3, 5, 44, seed=4)}),
     "omnigen2": ("Omnigen2", {"attention_mask": torch.ones(1, 11).long()}),
     "cosmos predict2": ("CosmosT2IPredict2", {}),
+    "krea 2": ("Krea2", {}),
     "unet": ("SDXL", POOLED),
     "aura": ("AuraFlow", {}),
     "ernie": ("ErnieImage", {}),

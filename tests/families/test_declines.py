@@ -100,7 +100,7 @@ ace.ace_step15.AceStepConditionGenerationModel ace.model.ACEStepTransformer2DMod
 boogu.model.BooguTransformer2DModel cascade.stage_b.StageB cascade.stage_c.StageC
 hidream_o1.model.HiDreamO1Transformer hunyuan3d.model.Hunyuan3Dv2 hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain
 hydit.models.HunYuanDiT ideogram4.model.Ideogram4Transformer2DModel joyimage.model.JoyImageTransformer3DModel
-krea2.model.SingleStreamDiT lens.model.LensTransformer2DModel mage_flow.model.MageFlowTransformer2DModel
+lens.model.LensTransformer2DModel mage_flow.model.MageFlowTransformer2DModel
 pixart.pixartms.PixArtMS pixeldit.model.PixDiT_T2I pixeldit.pid.PidNet
 seedvr.model.NaDiT triposplat.model.LatentSeqMMFlowModel wan.ar_model.CausalWanModel
 """

@@ -49,9 +49,9 @@ OWN_MASK = ("flux mask", "hunyuan video mask", "qwen image mask", "ltx video wea
 READERS: dict[str, tuple[str, ...]] = {
     "control": tuple(CONTROL),
     "rope options": ("flux", "wan", "lumina", "z-image"),
-    "attn1 patch": ("flux", "chroma", "hunyuan", "wan", "qwen", "cosmos predict2", "anima"),
-    "attn1 output patch": ("flux", "chroma", "hunyuan"),
-    "post input patch": ("flux", "qwen", "cosmos predict2", "anima"),
+    "attn1 patch": ("flux", "chroma", "hunyuan", "wan", "qwen", "cosmos predict2", "anima", "krea"),
+    "attn1 output patch": ("flux", "chroma", "hunyuan", "krea"),
+    "post input patch": ("flux", "qwen", "cosmos predict2", "anima", "krea"),
     "skipped block": ("flux", "chroma", "hunyuan", "mochi", "wan", "minimax", "qwen", "ltx", "sd3"),
 }
 

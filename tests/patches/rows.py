@@ -40,10 +40,10 @@ def both(q: Callable, out: Callable) -> Callable[[], Options]:
 
 # one forward each: (row, tiny model of tests/families, transformer options)
 FORWARDS: dict[str, tuple[str, str, Callable[[], Options]]] = {
-    **{f"nag {family}": (NAG, family, codes.nag) for family in ("flux", "flux2", "flux kontext", "chroma", "hunyuan video")},
+    **{f"nag {family}": (NAG, family, codes.nag) for family in ("flux", "flux2", "flux kontext", "chroma", "hunyuan video", "krea 2")},
     **{
         f"attention {family}": (INSIDE, family, both(codes.attention_inputs, codes.attention_output))
-        for family in ("flux", "flux control", "flux2", "chroma", "hunyuan video mask", "hunyuan video reference")
+        for family in ("flux", "flux control", "flux2", "chroma", "hunyuan video mask", "hunyuan video reference", "krea 2 reference")
     },
     **{
         f"attention {family}": (INSIDE, family, patch("attn1_patch", codes.attention_inputs))
@@ -117,6 +117,7 @@ FORWARDS: dict[str, tuple[str, str, Callable[[], Options]]] = {
             "ltx video mask",
             "cosmos predict2",
             "minimax",
+            "krea 2",
         )
     },
     "override and patches": (
