@@ -11,6 +11,11 @@ from env import comfy_import
 from env.fewer_threads import by_ranks
 from env.prepare import Environment
 from env.server import Server
+from hypothesis import HealthCheck, settings
+
+# What takes long on a machine that does other things as well has not failed.
+settings.register_profile("paradit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("paradit")
 
 
 @pytest.fixture(scope="session")
