@@ -45,9 +45,8 @@ def copy(patcher: ModelPatcher, say: Callable[[str], None]) -> ModelPatcher:
     except (OSError, RuntimeError) as error:
         say(f"Weights stay where dynamic VRAM has them: the model's file could not be read again ({error}).")
         return patcher
-    if first.non_dynamic_delegate_model is None:
-        convert(made.model)
-        first.non_dynamic_delegate_model = made.get_clone_model_override()
+    convert(made.model)  # also one that ComfyUI has made for its own use
+    first.non_dynamic_delegate_model = made.get_clone_model_override()
     setattr(patcher, _COPY, made)
     return made
 
