@@ -29,11 +29,11 @@ from .communicator import CommunicationFailed, Communicator, Meshes
 from .link import measure
 from .member import Member, RankLost, one_line
 from .models import Models
+from .patience import Patience
 from .pool import Pool
 from .watch import Watch, next_of
 
 _COMPILING = 10  # times ``Timeouts.stuck`` in runs whose blocks are compiled, which may happen again at any step
-_COMPUTED = 1.0  # seconds without a look, after which rank 0 has not been waiting but computing, or was stopped itself
 _EXPLAINED = 2.0  # seconds in which the cause of a failed collective reaches the watch thread, if a peer is the cause
 
 
@@ -79,10 +79,7 @@ class Group(Models):
         self._epochs = itertools.count(1)
         self._epoch = 0
         self._running = False
-        self._patience: float | None = None  # seconds that the running step may wait for a member that does not get on
-        self._longest: float | None = None
-        self._floor = 0.0
-        self._looked = self._waiting = 0.0
+        self._patience = Patience()
         self._last_use = time.monotonic()
         self._unwanted: queue.SimpleQueue[int] = queue.SimpleQueue()
         # Held while members or their models change. The watch thread only ever tries to get it.
@@ -264,24 +261,11 @@ class Group(Models):
 
     def _check(self) -> None:
         """For a thread that waits for other ranks. Raises RankLost."""
-        if self.lost is None and self._patience is not None:
-            self._see_progress(self._patience)
+        if self.lost is None:
+            for member in self._patience.tried(self._members):
+                self._lose(member, f"did not get on for {self._patience.limit:.0f} s{member.last_line()}", kill=True)
         if self.lost is not None:
             raise RankLost(self.lost)
-
-    def _see_progress(self, patience: float) -> None:
-        """Lose members whose main thread hangs while another still beats: this rank waits, they do not, and nothing happens.
-
-        Where all wait, or a GPU hangs behind threads that have nothing more to do, nobody can tell whose fault it is.
-        """
-        now = time.monotonic()
-        if now - self._looked > _COMPUTED:
-            self._waiting = now
-        self._looked = now
-        still = [member for member in self._members if now - max(member.moved, self._waiting) > patience]
-        if len(still) == len(self._members):
-            for member in [member for member in still if not member.waits] or still:
-                self._lose(member, f"did not get on for {patience:.0f} s{member.last_line()}", kill=True)
 
     def _reply(self, member: Member, kind: str, timeout: float) -> Any:
         """The payload of the member's next answer of ``kind``. Raises RankLost."""
@@ -332,8 +316,7 @@ class Group(Models):
 
     def begin(self, **run: Any) -> None:
         """Sampling starts; ``run`` is told to every worker. Raises RankLost."""
-        self._longest = None
-        self._floor = self.timeouts.stuck * (_COMPILING if run.get("compiled") else 1)
+        self._patience.begin(self.timeouts.stuck * (_COMPILING if run.get("compiled") else 1), self.timeouts.slowest)
         with self._shared():
             for member in self._members:
                 member.tell("begin", run)
@@ -346,8 +329,7 @@ class Group(Models):
         because its ranks would wait for this one. Raises Untransportable before anything is sent.
         """
         header, tensors = encode(dict(order))
-        began = self._looked = self._waiting = time.monotonic()
-        with self._shared(), self._patient():
+        with self._shared(), self._patience.step():
             assert self._comm is not None and self._meshes is not None
             buffer, layout = pack(tensors, self._device)
             for member in self._members:
@@ -358,18 +340,7 @@ class Group(Models):
             assert mesh is not None, "rank 0 is in every mesh"
             yield mesh, self._comm.split(range(degrees.world))
             self._comm.settle()
-        self._longest = max(self._longest or 0.0, time.monotonic() - began)
         self.counts["steps"] += 1
-
-    @contextmanager
-    def _patient(self) -> Iterator[None]:
-        """While a step runs: how long it may wait. The first of a run, in which kernels are compiled and tried, as long as it likes."""
-        if self._longest is not None:
-            self._patience = max(self._floor, self.timeouts.slowest * self._longest)
-        try:
-            yield
-        finally:
-            self._patience = None
 
     def measure(self, exchanged: Exchanged | None) -> None:
         """Count and time there what this rank exchanges with the others, until the run ends."""
@@ -398,4 +369,3 @@ class Group(Models):
                 except RankLost:
                     continue
         self._watch.wake()
-

@@ -1,0 +1,54 @@
+"""How long a step waits for workers that beat but do not get on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from .member import Member
+
+_COMPUTED = 1.0  # seconds without a look, after which rank 0 has not been waiting but computing, or was stopped itself
+
+
+class Patience:
+    """``limit``: seconds that the running step may wait, None: as long as it likes. Between steps nothing is expected."""
+
+    def __init__(self) -> None:
+        self.limit: float | None = None
+        self._least = self._times = 0.0
+        self._longest: float | None = None  # step of this run so far
+        self._looked = self._waiting = 0.0
+
+    def begin(self, least: float, times: float) -> None:
+        """A run begins: steps wait ``least`` seconds, or ``times`` the longest one so far."""
+        self._least, self._times, self._longest = least, times, None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step. The first one of a run, in which kernels are compiled and tried, waits as long as it likes."""
+        began = self._looked = self._waiting = time.monotonic()
+        if self._longest is not None:
+            self.limit = max(self._least, self._times * self._longest)
+        try:
+            yield
+        finally:
+            self.limit = None
+        self._longest = max(self._longest or 0.0, time.monotonic() - began)
+
+    def tried(self, members: Sequence[Member]) -> list[Member]:
+        """For a rank that waits, every now and then: the members whose fault it is that nothing has happened for too long.
+
+        They beat, but their main threads hang, while others wait for them. Where all wait, or a GPU hangs behind threads that have
+        nothing more to do, nobody can tell whose fault it is: then it is all members.
+        """
+        limit, now = self.limit, time.monotonic()
+        if now - self._looked > _COMPUTED:
+            self._waiting = now
+        self._looked = now
+        if limit is None:
+            return []
+        still = [member for member in members if now - max(member.moved, self._waiting) > limit]
+        if len(still) < len(members):
+            return []
+        return [member for member in still if not member.waits] or still
