@@ -30,13 +30,13 @@ from ..sequence.mesh import Degrees
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
-from . import accelerate, calls, reports, sidecars, static, windows
+from . import accelerate, calls, compiling, reports, sidecars, static, windows
 from .calls import ModelCall
 from .forecasting import Forecaster
 from .lanes import Call, Lanes
 from .meter import Meter
 from .notify import Notes, show
-from .split import Obstacle, Split
+from .split import Obstacle, Split, obstacle
 from .wording import kind, live, summary
 
 KEY = "paradit"
@@ -67,8 +67,8 @@ class Session:
         self.parallel: Parallel | None = settings.get("Parallel")
         self.attention: Attention | None = settings.get("Attention")
         self.caching: Cache | None = settings.get("Cache")
-        self.compiling: Compile | None = settings.get("Compile")
-        if static.possible(self.patcher) and self._compilable():
+        self.compiling: Compile = settings.get("Compile", Compile("off"))
+        if compiling.settled(self.compiling, self.patcher, self.options.get("transformer_options", {})):
             self.patcher = static.copy(self.patcher, self.notes.say)
         self.model: torch.nn.Module = self.patcher.model.diffusion_model
         self.names = calls.names(self.model)
@@ -104,7 +104,7 @@ class Session:
             caching = False
         devices = sidecars.devices(self.parallel, self.patcher.load_device, self.notes.say) if self.parallel else []
         if devices:
-            reason = self._obstacle(options, previous)
+            reason = obstacle(self.patcher, options, previous)
             self.foreign = f"the attention override {calls.title(previous)}" if previous is not None and not reason else ""
             if reason:
                 self.notes.say(f"This run stays on one GPU: {reason}.")
@@ -113,7 +113,7 @@ class Session:
             self.decisions = self._decisions(self.caching)
             self.forecaster = Forecaster(self.decisions, float(self.patcher.get_model_object("model_sampling").sigma_max))
             caching = False
-        if caching or devices or self.compiling is not None and self.compiling.mode != "off":
+        if caching or devices or self.compiling.mode != "off":
             self._install(chooser, caching, devices)
         if self.runner is not None or self.attention is not None:
             options[calls.OVERRIDE] = self.runner.override if self.runner is not None else AttentionOverride(chooser, None)
@@ -136,20 +136,6 @@ class Session:
         sampling = self.patcher.get_model_object("model_sampling")
         start, end = (float(sampling.percent_to_sigma(percent)) for percent in (caching.start_percent, caching.end_percent))
         return Decisions(caching, Window(start, end))
-
-    def _obstacle(self, options: dict[str, Any], previous) -> str:
-        """Why this run cannot be split, whatever the model; "" if it can."""
-        if self.patcher.get_additional_models_with_key("multigpu"):
-            return "ComfyUI's MultiGPU CFG Split already spreads this model: use one or the other"
-        if self.patcher.hook_patches:
-            return "conditioning hooks (a LoRA as a hook) change the model's weights while it samples"
-        plan = plan_for(self.model)
-        if previous is not None and plan is not None and not plan.gatherable:
-            return f"attention of {plan.family} cannot be gathered for the override {calls.title(previous)} of another node"
-        code = calls.first_patch(options) or (f"the attention override {calls.title(previous)}" if previous is not None else "")
-        if code and plan is not None and not plan.stacks:
-            return f"{code} runs in ComfyUI's own process, and the blocks of {type(self.model).__name__} are not cut"
-        return calls.refusal(options)
 
     def _install(self, chooser: Chooser, caching: bool, devices: list[str]) -> None:
         plan = plan_for(self.model)
@@ -188,35 +174,20 @@ class Session:
                 add_wrapper_with_key(place, KEY, wrapper, self.options, is_model_options=True)
                 self._undo.append(partial(self.options["transformer_options"]["wrappers"][place].pop, KEY, None))
 
-    def _compilable(self) -> bool:
-        """Whether this run would do better with weights that stay where they are."""
-        if self.compiling is None or calls.first_patch(self.options.get("transformer_options", {})):
-            return False
-        return self.compiling.blocks or (self.compiling.graph and torch.cuda.get_allocator_backend() != "cudaMallocAsync")
-
     def _compiles(self) -> bool:
         """Whether blocks are compiled in this run; what stands against it is said."""
-        if self.compiling is None or not self.compiling.blocks:
-            return False
-        code = calls.first_patch(self.options["transformer_options"]) or self.foreign
+        code = self.compiling.blocks and (calls.first_patch(self.options["transformer_options"]) or self.foreign)
         if code:
             self.notes.say(f"Blocks are not compiled: {code} runs inside of them.")
-        return not code
+        return self.compiling.blocks and not code
 
     def graph(self, options: dict[str, Any]) -> bool:
         """Whether forwards with these options are captured as CUDA graphs; what stands against it is said."""
-        if self.compiling is None or not self.compiling.graph:
-            return False
-        if self.patcher.load_device.type != "cuda" or self.runner is None:
-            return False
-        if reason := accelerate.against_graphs(self.patcher):
-            self.notes.say(reason)
+        if not self.compiling.graph or self.patcher.load_device.type != "cuda" or self.runner is None:
             return False
         assert self.chooser is not None
-        stock = self.chooser.setting is None and comfy.model_management.sage_attention_enabled()
-        if stock or self.chooser.previous is not None:  # nobody knows on which stream it launches; SageAttention 2 on another one
-            whose = "--use-sage-attention" if stock else "another node's attention override"
-            self.notes.say(f"No CUDA graphs: {whose} may launch kernels where a graph does not see them.")
+        if reason := compiling.against_graphs(self.patcher, self.chooser):
+            self.notes.say(reason)
             return False
         return not calls.first_patch(options)
 
@@ -266,7 +237,7 @@ class Session:
             "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
             "steps": self.steps,
             "forwards": self.forwards,
-            "cached": sum(record.hit for record in records),
+            "cached": self.cached() or 0,
             "seconds_per_step": round(sum(step["seconds"] for step in timeline) / max(1, self.steps), 4),
             "wall": round(self.meter.seconds, 4),
             "timeline": timeline,

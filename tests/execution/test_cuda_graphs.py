@@ -69,5 +69,5 @@ def test_a_capture_that_fails_leaves_the_process_and_its_memory_as_they_were(fai
 
 
 def test_under_cudaMallocAsync_it_ends_the_process_which_is_why_there_are_no_graphs() -> None:
-    """If this fails, torch has changed, and ``accelerate.against_graphs`` may allow them."""
+    """If this fails, torch has changed, and ``compiling.against_graphs`` may allow them."""
     assert any(outcome("cudaMallocAsync", fails).returncode != 0 for fails in FAILS)

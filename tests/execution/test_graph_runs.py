@@ -21,7 +21,7 @@ def card(comfy, monkeypatch) -> Iterator[fake_graphs.Card]:
     from para_core.execution import graphs, runner
 
     monkeypatch.setattr(runner, "Graphs", lambda say: graphs.Graphs(say, "cpu"))
-    monkeypatch.setattr(Session, "graph", lambda self, _options: self.compiling is not None and self.compiling.graph)
+    monkeypatch.setattr(Session, "graph", lambda self, _options: self.compiling.graph)
     with fake_graphs.installed() as found:
         yield found
 

@@ -58,11 +58,11 @@ def test_runs_of_few_steps_reuse_none_and_say_so(comfy, preset):
 
 
 def test_blocks_are_compiled_where_weights_stay_on_a_gpu(comfy, monkeypatch):
-    from para_core.comfy import accelerate
+    from para_core.comfy import compiling
     from para_core.settings import Accelerate, Compile
 
     for there in (True, False):
-        monkeypatch.setattr(accelerate, "find_spec", lambda _name, there=there: object() if there else None)
+        monkeypatch.setattr(compiling, "find_spec", lambda _name, there=there: object() if there else None)
         assert resolved(Accelerate(), device="cuda")[0]["Compile"] == Compile("compile+graph" if there else "off")
     monkeypatch.undo()
     assert resolved(Accelerate(), device="cuda", dynamic=True)[0]["Compile"] == Compile("off")
@@ -78,17 +78,34 @@ def test_graphs_need_weights_and_memory_that_stay_and_a_sentence_names_the_flags
     import torch
 
     from para_core.comfy import static
-    from para_core.comfy.accelerate import against_graphs
+    from para_core.comfy.compiling import against_graphs
 
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
     monkeypatch.setattr(static, "possible", lambda _patcher: dynamic == "copied")
     patcher = SimpleNamespace(is_dynamic=lambda: bool(dynamic), model=SimpleNamespace(model_lowvram=lowvram))
-    reason = against_graphs(patcher)
+    reason = against_graphs(patcher, SimpleNamespace(setting="exact", previous=None))
     asynchronous = allocator != "native"
     moves = dynamic == "kept" or dynamic == "copied" and not asynchronous  # a copy was to be had, and was not
     assert bool(reason) is (moves or lowvram or asynchronous)
     assert ("--disable-dynamic-vram" in reason) is moves
     assert ("--disable-cuda-malloc" in reason) is (asynchronous and (moves or not lowvram))
+
+
+@pytest.mark.parametrize(
+    ("setting", "previous", "stock", "whose"),
+    [(None, None, False, ""), ("exact", None, True, ""), (None, None, True, "--use-sage-attention"), (None, print, False, "another node")],
+)
+def test_kernels_of_others_are_not_captured(comfy, monkeypatch, setting, previous, stock, whose):
+    import comfy.model_management
+    import torch
+
+    from para_core.comfy.compiling import against_graphs
+
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(comfy.model_management, "sage_attention_enabled", lambda: stock)
+    patcher = SimpleNamespace(is_dynamic=lambda: False, model=SimpleNamespace(model_lowvram=False))
+    reason = against_graphs(patcher, SimpleNamespace(setting=setting, previous=previous))
+    assert bool(reason) is bool(whose) and whose in reason
 
 
 def test_on_the_cpu_it_computes_what_stock_does_without_splitting_and_says_why(comfy):

@@ -111,14 +111,14 @@ def test_a_file_that_has_gone_costs_the_compiled_blocks_no_image(streamed) -> No
 
 
 def test_accelerate_compiles_what_can_stay(streamed, monkeypatch) -> None:
-    from para_core.comfy import accelerate
+    from para_core.comfy import compiling
 
-    monkeypatch.setattr(accelerate, "find_spec", lambda _name: object())
+    monkeypatch.setattr(compiling, "find_spec", lambda _name: object())
     device = SimpleNamespace(load_device=torch.device("cuda"), model=SimpleNamespace(model_lowvram=False), is_dynamic=lambda: True)
     monkeypatch.setattr(streamed.static, "possible", lambda _patcher: True)
-    assert accelerate.compiling(device) == Compile("compile+graph")
+    assert compiling.chosen(device) == Compile("compile+graph")
     monkeypatch.setattr(streamed.static, "possible", lambda _patcher: False)
-    assert accelerate.compiling(device) == Compile("off")
+    assert compiling.chosen(device) == Compile("off")
     assert Accelerate().compile == "auto"
 
 
