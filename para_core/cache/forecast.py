@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -28,14 +29,36 @@ LINE = ORDERS["taylor"]
 CAUTION = 0.8  # the best share at one computed step is often too much at the next; measured, see tests/bench/RESULTS.md
 
 
+class Measured:
+    """What a computed step has shown: how far to go along the line, and the error by span.
+
+    ``sums``: trust, wrong and whole, three float32 on the device that computed the step. They are read when a decision asks for
+    them, which waits for the device: behind the step itself that would leave it idle until the sampler comes with the next one.
+    """
+
+    def __init__(self, sums: torch.Tensor, span: float):
+        self._sums, self._span = sums, span
+
+    @cached_property
+    def _read(self) -> tuple[float, float]:
+        trust, wrong, whole = self._sums.tolist()
+        return trust, wrong / whole / self._span if whole > 0 else math.inf
+
+    @property
+    def trust(self) -> float:
+        return self._read[0]
+
+    @property
+    def bend(self) -> float:
+        return self._read[1]
+
+
 @dataclass
 class Track:
-    """What is known of one condition: a history for each of the model's results; from the last computed step, how far to
-    go along the line, and the error by span."""
+    """What is known of one condition: a history for each of the model's results, and what the last computed step has shown."""
 
     histories: list[History]
-    trust: float = CAUTION
-    bend: float | None = None
+    measured: Measured | None = None
 
     def span(self, sigma: float) -> float:
         """|(s - s0)(s - s1)| for the noise levels that the line is drawn through; 0 while there is no line."""
@@ -48,14 +71,15 @@ class Track:
         That is so at a level that was computed, too: a sampler that comes back to it does so with another latent.
         """
         span = self.span(sigma)
-        return self.bend * span if self.bend is not None and span else math.inf
+        return self.measured.bend * span if self.measured is not None and span else math.inf
 
     def foretell(self, sigma: float) -> list[torch.Tensor]:
         """The results at ``sigma``, float32, from at least one computed step."""
-        return [torch.lerp(history.points[-1][1], history.predict(sigma), self.trust) for history in self.histories]
+        trust = self.measured.trust if self.measured is not None else CAUTION
+        return [torch.lerp(history.points[-1][1], history.predict(sigma), trust) for history in self.histories]
 
     def learn(self, sigma: float, results: Sequence[torch.Tensor]) -> None:
-        """Keep computed ``results`` (float32), and measure what would have been foretold instead."""
+        """Keep computed ``results`` (float32), and measure what would have been foretold instead. Waits for no device."""
         span = self.span(sigma)
         if span:
             last = [history.points[-1][1] for history in self.histories]
@@ -66,8 +90,7 @@ class Track:
             trust = (right / size).nan_to_num(1.0).clamp(0, 1) * CAUTION
             wrong = torch.stack([(a - trust * b).abs().sum() for a, b in pairs]).sum()
             whole = torch.stack([result.abs().sum() for result in results]).sum()
-            self.trust, wrong, whole = torch.stack((trust, wrong, whole)).tolist()
-            self.bend = wrong / whole / span if whole > 0 else math.inf
+            self.measured = Measured(torch.stack((trust, wrong, whole)), span)
         for history, result in zip(self.histories, results, strict=True):
             history.add(sigma, result)
 

@@ -24,10 +24,15 @@ class Forecaster:
         self._totals: list[float] = []
 
     def answer(self, model_calls: list[ModelCall]) -> list[Any] | None:
-        """Foretold results of the calls of one step, None where they shall be computed (and then ``learn``ed)."""
-        decisions, sigma = self.decisions, model_calls[0].sigma
+        """Foretold results of the calls of one step, None where they shall be computed (and then ``learn``ed).
+
+        Waits once, for the noise level, which is there when the device is done with everything before it: what can be done
+        without it comes first, and whatever else is read from the device is there as well then.
+        """
+        decisions = self.decisions
         self._shapes = {key: call.shape for call in model_calls for key in call.keys}
         self._totals = []
+        sigma = [call.sigma for call in model_calls][0]  # of every call: in ``learn`` it would wait for the forward
         if not decisions.known(self._shapes):
             self.forecast.forget(self._shapes)
             return None

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity.inprocess import Job, error, load, noise, run, sample
 
-from para_core.cache.forecast import CAUTION, Forecast, Track, distance
+from para_core.cache.forecast import CAUTION, LINE, Forecast, Track, distance
+from para_core.cache.predictor import History
+from para_core.cache.rule import Decisions, Window
 from para_core.settings import Cache, Parallel
 
 pytestmark = pytest.mark.usefixtures("comfy")
@@ -21,7 +25,7 @@ FLUX, SMALL, WAN = Job("flux", (9, 14), steps=12), Job("flux_small", (9, 14), st
 levels = st.floats(0.01, 1.0).map(lambda value: round(value, 3))
 
 
-def learned(values: dict[float, torch.Tensor]) -> Track:
+def learned(values: dict[float, torch.Tensor]) -> Any:
     forecast = Forecast()
     for sigma, value in values.items():
         forecast.learn("a", sigma, [value])
@@ -35,7 +39,7 @@ def learned(values: dict[float, torch.Tensor]) -> Track:
 def test_of_what_is_linear_in_the_noise_level_the_known_share_is_foretold(four: list[float]) -> None:
     slope, start = noise(2, 5, 3, seed=1), noise(2, 5, 3, seed=2)
     track = learned({sigma: start + sigma * slope for sigma in four[:3]})
-    assert track.trust == pytest.approx(CAUTION, abs=1e-3)
+    assert track.measured.trust == pytest.approx(CAUTION, abs=1e-3)
     assert torch.allclose(track.foretell(four[3])[0], start + (four[2] + CAUTION * (four[3] - four[2])) * slope, atol=1e-3)
 
 
@@ -45,10 +49,10 @@ def test_trust_error_and_cost_follow_their_formulas() -> None:
     line = results[0.8] + (0.6 - 0.8) * (results[0.8] - results[0.9]) / (0.8 - 0.9)
     ahead, came = line - results[0.8], results[0.6] - results[0.8]
     trust = CAUTION * min(1.0, max(0.0, float((ahead * came).sum() / (ahead * ahead).sum())))
-    assert track.trust == pytest.approx(trust, abs=1e-6)
+    assert track.measured.trust == pytest.approx(trust, abs=1e-6)
     wrong = float((came - trust * ahead).abs().sum() / results[0.6].abs().sum())
-    assert track.bend == pytest.approx(wrong / (0.2 * 0.3), rel=1e-5)
-    assert track.expected(0.5) == pytest.approx(track.bend * 0.1 * 0.3, rel=1e-5)
+    assert track.measured.bend == pytest.approx(wrong / (0.2 * 0.3), rel=1e-5)
+    assert track.expected(0.5) == pytest.approx(track.measured.bend * 0.1 * 0.3, rel=1e-5)
     forecast = Forecast({"a": track})
     assert forecast.cost("a", 0.5, 0.25) == pytest.approx(25 * track.expected(0.5))
 
@@ -56,7 +60,7 @@ def test_trust_error_and_cost_follow_their_formulas() -> None:
 def test_a_line_that_led_astray_is_not_followed() -> None:
     value = noise(1, 4, 3)
     track = learned({0.9: 0 * value, 0.8: value, 0.7: 0 * value})
-    assert track.trust == 0 and torch.equal(track.foretell(0.6)[0], 0 * value)
+    assert track.measured.trust == 0 and torch.equal(track.foretell(0.6)[0], 0 * value)
 
 
 def test_nothing_is_expected_of_what_is_unknown_or_was_computed() -> None:
@@ -71,6 +75,80 @@ def test_the_distance_goes_to_the_next_lower_level_as_a_share_of_the_largest() -
     assert distance(0.8, [1.0, 0.8, 0.5, 0.0], 1.0) == pytest.approx(0.3)
     assert distance(0.7, [1.0, 0.8, 0.5, 0.0], 2.0) == pytest.approx(0.1), "between two levels, as some samplers look"
     assert distance(0.7, [], 1.0) == pytest.approx(0.7)
+
+
+# -- when the device is waited for ------------------------------------------------------------------------------------------
+
+
+def call_of(keys: list[str], sigma: float, *, device: str = "cpu") -> Any:
+    """A call for these conditions, one row each, with everything that `Forecaster` reads of one."""
+    from para_core.comfy.calls import ModelCall
+    from para_core.comfy.lanes import Call
+
+    schedule = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    options = {"uuids": keys, "cond_or_uncond": [0] * len(keys), "sigmas": torch.tensor([sigma]), "sample_sigmas": schedule}
+    latent = torch.empty(len(keys), 2, 3, device=device)
+    return ModelCall(Call((latent,), {"transformer_options": options}), ["x"])
+
+
+def forecaster(threshold: float, start: float = math.inf) -> Any:
+    from para_core.comfy.forecasting import Forecaster
+
+    return Forecaster(Decisions(Cache(threshold, rule="forecast"), Window(start)), 1.0)
+
+
+# a sampler's step: the conditions of each of its calls, its noise level, and what scales the noise in its results
+steps = st.lists(
+    st.tuples(st.sampled_from([[["a"]], [["b"]], [["a", "b"]], [["a"], ["b"]]]), st.sampled_from([1.0, 0.9, 0.8, 0.6, 0.45, 0.4, 0.2]),
+              st.sampled_from([0.0, 0.01, 1.0])),
+    min_size=4, max_size=14,
+)  # fmt: skip
+
+
+@settings(max_examples=60)
+@given(run=steps, threshold=st.sampled_from([1e-30, 1.0, 30.0, 1e30]), start=st.sampled_from([1.0, 0.7]))
+def test_numbers_that_are_read_late_decide_and_foretell_as_if_read_at_once(run: list[Any], threshold: float, start: float) -> None:
+    late, at_once = (forecaster(threshold, start) for _ in range(2))
+    at_once.forecast.learn = partial(learn_at_once, at_once.forecast)  # type: ignore[method-assign]
+    for number, (calls, sigma, scale) in enumerate(run):
+        answers = [one.answer(made) for one in (late, at_once) for made in [[call_of(keys, sigma) for keys in calls]]]
+        assert (answers[0] is None) == (answers[1] is None)
+        if answers[0] is not None:
+            assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
+            continue
+        results = [sigma + scale * noise(len(keys), 2, 3, seed=number) for keys in calls]
+        for one in (late, at_once):
+            made = [call_of(keys, sigma) for keys in calls]
+            one.learn(made, results)
+    assert late.decisions.records == at_once.decisions.records
+    assert late.decisions.conditions == at_once.decisions.conditions
+
+
+def learn_at_once(forecast: Forecast, key: Any, sigma: float, results: list[torch.Tensor]) -> None:
+    """Measured with numbers in the processor's hands, one condition's result."""
+    track = forecast.tracks.setdefault(key, Track([History(LINE)]))
+    (history,), result, span = track.histories, results[0].clone(), track.span(sigma)
+    if span:
+        last = history.points[-1][1]
+        came, ahead = result - last, history.predict(sigma) - last
+        trust = ((came * ahead).sum() / (ahead * ahead).sum()).nan_to_num(1.0).clamp(0, 1) * CAUTION
+        wrong, whole = float((came - trust * ahead).abs().sum()), float(result.abs().sum())
+        track.measured = SimpleNamespace(trust=float(trust), bend=wrong / whole / span if whole > 0 else math.inf)  # type: ignore[assignment]
+    history.add(sigma, result)
+
+
+def test_nothing_is_read_from_the_device_behind_a_forward() -> None:
+    """A tensor of the device `meta` has no values: whoever reads one fails. Noise levels are read in front of the forward."""
+    made = forecaster(1.0)
+    for sigma in (1.0, 0.8, 0.6):
+        calls = [call_of(["a"], sigma, device="meta"), call_of(["b"], sigma, device="meta")]
+        assert made.answer(calls) is None
+        for call in calls:
+            call.options["sigmas"] = torch.empty(1, device="meta")
+        made.learn(calls, [call.latents[0] for call in calls])
+    assert [record.sigma for record in made.decisions.records] == pytest.approx([1.0, 0.8, 0.6])
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        made.answer([call_of(["a"], 0.4), call_of(["b"], 0.4)])
 
 
 # -- whole runs ---------------------------------------------------------------------------------------------------------
