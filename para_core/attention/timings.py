@@ -6,7 +6,6 @@ what was noted, between two forwards. Rank 0 alone measures: other ranks are giv
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -21,16 +20,17 @@ import torch
 from ..log import log
 from .backends import BACKENDS, Backend, Request
 from .backends.base import first_line
+from .contest import contest, cuda_laps, figures
 
 Milliseconds = dict[str, float]
 """Backend -> time of one call of a kind."""
-Timer = Callable[[Callable[[], object], torch.device], float]
+Timer = Callable[..., list[float]]
+"""``timer(calls, device=...)``: runs calls one after the other on a device -> milliseconds of each."""
 
 MARGIN = 1.02
 """A kernel that quantises must be this much faster than an exact one to be preferred."""
 WORK = 4e12
 """Floating-point operations of a timed call: longer sequences are timed on fewer heads, to stay well under a second."""
-REPEATS = 10
 DRIVER = Path("/proc/driver/nvidia/version")
 """Linux: the NVIDIA driver's own words, its version first among the numbers."""
 PACKAGES = ("sageattention", "flash-attn", "comfy-kitchen")
@@ -61,30 +61,13 @@ def environment(device: torch.device) -> str:
     return ", ".join(words)
 
 
-def cuda_timer(call: Callable[[], object], device: torch.device) -> float:
-    """Least milliseconds of ``call`` on the device's clock, after two that warm it up.
-
-    The least, not the median: a busy processor that launches late makes a short kernel look slow, never fast.
-    """
-    with torch.cuda.device(device):
-        for _ in range(2):
-            call()
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
-        marks[0].record()
-        for mark in marks[1:]:
-            call()
-            mark.record()
-        torch.cuda.synchronize(device)
-    return min(one.elapsed_time(other) for one, other in itertools.pairwise(marks))
-
-
 @dataclass
 class Timings:
     """``path``: the file that remembers them across restarts, or None."""
 
     path: Path | None = None
     backends: Iterable[Backend] = BACKENDS
-    timer: Timer = cuda_timer
+    timer: Timer = cuda_laps
     table: dict[str, Milliseconds] = field(default_factory=dict)
     """Kind of call -> what each kernel took; for the device that ``load`` was called for."""
     pending: dict[str, Request] = field(default_factory=dict)
@@ -149,19 +132,26 @@ class Timings:
         if request.mask != "none":
             mask = torch.ones(1, 1, 1, request.kv_len, device=device, dtype=torch.bool)
             mask = mask if request.mask == "bool" else torch.zeros_like(mask, dtype=request.dtype)
-        found: Milliseconds = {}
-        for backend in self.backends:
-            if backend.probe() is not None or backend.refuse(request) is not None or request.needs_lse and backend.run_lse is None:
-                continue
-            run = backend.run_lse if request.needs_lse else backend.run
-            assert run is not None
+        running = ""
+
+        def run(backend: Backend) -> object:
+            nonlocal running
+            running = backend.name
+            function = backend.run_lse if request.needs_lse else backend.run
+            assert function is not None
+            return function(q, k, v, mask=mask, scale=None)
+
+        calls = {backend.name: partial(run, backend) for backend in self.backends if takes(backend, request)}
+        while calls:
             try:
-                found[backend.name] = self.timer(partial(run, q, k, v, mask=mask, scale=None), device)
+                return figures(contest(calls, partial(self.timer, device=device)))
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:  # noqa: BLE001 - kernels of others raise anything; the choice goes on without this one
-                log.info("attention kernel %s could not be timed: %s: %s", backend.name, type(error).__name__, first_line(error))
-        return found
+                log.info("attention kernel %s could not be timed: %s: %s", running, type(error).__name__, first_line(error))
+                if calls.pop(running, None) is None:
+                    raise
+        return {}
 
     def _save(self) -> None:
         if self.path is None:
@@ -175,6 +165,11 @@ class Timings:
             written.replace(self.path)
         except (OSError, ValueError, AttributeError) as error:
             log.warning("times of attention kernels are not remembered in %s: %s", self.path, first_line(error))
+
+
+def takes(backend: Backend, request: Request) -> bool:
+    """Whether a backend is here and computes such calls."""
+    return backend.probe() is None and backend.refuse(request) is None and not (request.needs_lse and backend.run_lse is None)
 
 
 def fewer_heads(request: Request) -> Request:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
+import itertools
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from rows import attempt
 from para_core.attention.backends import BACKENDS, Backend
 from para_core.attention.backends.pytorch import plain
 from para_core.attention.choice import Chooser, ChosenKernel, request_of
+from para_core.attention.contest import contest, cuda_laps, figures
 from para_core.attention.timings import Timings
 
 SHAPES = {
@@ -28,8 +29,7 @@ SHAPES = {
 }
 """(B, H, S, D) of one call on one GPU."""
 SETTINGS = ("auto", "exact")
-ROUNDS = 5  # kernels take turns, so that all see the same clocks
-BLOCK = 0.1  # seconds that a kernel runs in one round
+SPENT, FEWEST = 2000.0, 9  # milliseconds and rounds that count: kernels are timed as the pack does it, and for longer
 ROWS = 64  # query rows of each head that are compared with float32
 
 
@@ -75,45 +75,26 @@ def rows_of_kernels(record: Record, case: str, qkv: tuple[torch.Tensor, ...], op
     del expected
     if not calls:
         return {}
-    times = alternating(calls, quick=options.quick)
+    times = contest(calls, laps, spent=0 if options.quick else SPENT, fewest=2 if options.quick else FEWEST)
+    best = figures(times)
     operations = 4 * request.heads * request.q_len * request.kv_len * request.head_dim
     for name, row in found.items():
-        ms = statistics.median(times[name])
+        ms = best[name]
         row.update({"ms": round(ms, 4), "spread_ms": round(max(times[name]) - min(times[name]), 4), "tflops": round(operations / ms / 1e9)})
         record.put("attention", row)
         print(f"attention: {case} {name} {row['ms']} ms", flush=True)
     return {name: row["ms"] for name, row in found.items()}
 
 
-def alternating(calls: dict[str, Callable[[], torch.Tensor]], *, quick: bool) -> dict[str, list[float]]:
-    """Milliseconds of every call, in rounds in which each runs for ``BLOCK`` seconds. The first calls are not counted."""
-    repeats = {}
-    for name, call in calls.items():
-        timed(call, 2)
-        repeats[name] = 2 if quick else max(2, min(50, int(BLOCK * 1e3 / max(timed(call, 1)[0], 1e-3))))
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(1 if quick else ROUNDS):
-        for name, call in calls.items():
-            found[name] += timed(call, repeats[name])
-    return found
-
-
-def timed(call: Callable[[], torch.Tensor], repeats: int) -> list[float]:
-    """Milliseconds of each of ``repeats`` calls, on the device's own clock."""
-    if not torch.cuda.is_available():
-        marks = [time.perf_counter()]
-        for _ in range(repeats):
-            call()
-            marks.append(time.perf_counter())
-        return [(stop - start) * 1e3 for start, stop in zip(marks, marks[1:], strict=False)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    torch.cuda.synchronize()
-    events[0].record()
-    for event in events[1:]:
+def laps(turns: Sequence[Callable[[], object]]) -> list[float]:
+    """Milliseconds of each, on the device's own clock."""
+    if torch.cuda.is_available():
+        return cuda_laps(turns, torch.device("cuda"))
+    marks = [time.perf_counter()]
+    for call in turns:
         call()
-        event.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(stop) for start, stop in zip(events, events[1:], strict=False)]
+        marks.append(time.perf_counter())
+    return [(stop - start) * 1e3 for start, stop in itertools.pairwise(marks)]
 
 
 def choice(setting: str, qkv: tuple[torch.Tensor, ...], ms: dict[str, float]) -> Row:
