@@ -23,7 +23,7 @@ from ..log import log
 from ..plans.plan import attribute
 from ..sequence.hooks import Hooks
 from ..sequence.replace import replace
-from .rotary import inductor
+from .inductor import inductor
 
 
 class Attend(Protocol):

@@ -86,11 +86,3 @@ def decompositions() -> dict[Any, Callable]:
     """The formulas by operation, for those that the installed comfy-kitchen has."""
     namespace = torch.ops.comfy_kitchen
     return {getattr(namespace, name).default: formula for name, formula in FORMULAS.items() if hasattr(namespace, name)}
-
-
-def inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-    """torch's own compiler, with rotary embeddings as formulas."""
-    from torch._inductor.compile_fx import compile_fx  # seconds to import, and only compiling runs need it
-    from torch._inductor.decomposition import select_decomp_table
-
-    return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **decompositions()})

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
+from env.rewriting import Rewriting
 
 from .cases import CASES
 from .ranks import Result, error, later, listed, make, shared, stock
 from .test_families import TOLERANCE, build, ids, some
 
 pytestmark = pytest.mark.usefixtures("comfy")
+ALL_REWRITES = ("flux", "chroma", "hunyuan video")
 NAMES = [name for name in CASES if "control" not in name]  # residuals are added between blocks, as ever
 
 
-def run(model: torch.nn.Module, steps: list, *, backend: str | None, graph: bool = False) -> tuple[list[Result], int, list[str]]:
+def run(model: torch.nn.Module, steps: list, *, backend: str | Callable | None, graph: bool = False) -> tuple[list[Result], int, list[str]]:
     """Results, graphs replayed, and what was said."""
     from comfy.ldm.modules.attention import optimized_attention
 
@@ -47,12 +50,16 @@ def run(model: torch.nn.Module, steps: list, *, backend: str | None, graph: bool
 
 
 @pytest.mark.parametrize("name", [case for case in some(20) if (case if isinstance(case, str) else case.values[0]) in NAMES], ids=ids)
-def test_compiled_blocks_equal_stock(name: str) -> None:
+def test_compiled_blocks_equal_stock(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their graphs rewritten as they are on a card."""
     model, call = build(name)
     torch._dynamo.utils.counters.clear()
-    (result,), _, said = run(model, [call], backend="aot_eager")
+    rewriting = Rewriting(monkeypatch)
+    (result,), _, said = run(model, [call], backend=rewriting)
     assert said == [] and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert error(result, stock(model, call)) < TOLERANCE
+    if name in ALL_REWRITES:
+        assert all(rewriting.applied.values())
 
 
 SEVERAL = ("ltx 2", "sd3.5 medium", "wan vace")  # blocks with several kinds of exchanged calls, or beside the others
