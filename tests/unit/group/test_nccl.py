@@ -37,8 +37,11 @@ def graphs(monkeypatch) -> Iterator[threading.Event]:
 
 
 @pytest.fixture
-def transport(graphs) -> nccl.Nccl:
-    return make()
+def transport(graphs) -> Iterator[nccl.Nccl]:
+    made = make()
+    yield made
+    graphs.set()
+    made.close()
 
 
 def make() -> nccl.Nccl:
@@ -102,3 +105,35 @@ atexit.register(close)
     call = [sys.executable, "-c", script.format(root=str(root), tests=str(root / "tests"))]
     done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.strip() == "gone", done.stderr
+
+
+def looks(monkeypatch, launched: int) -> list[float]:
+    """From now on NCCL says ``launched`` times that a call is in progress. Returns the pauses that are made meanwhile."""
+    pauses, seen = [], iter([7] * launched)
+
+    def state(_comm, found) -> int:
+        found._obj.value = next(seen, 0)
+        return 0
+
+    nccl._library().ncclCommGetAsyncError = state
+    monkeypatch.setattr(nccl, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append))
+    return pauses
+
+
+def test_a_launch_is_not_late_by_a_pause(transport, monkeypatch):
+    """NCCL launches every collective in another thread, so that each is in progress for a moment: two a block, in every step."""
+    monkeypatch.setattr(nccl, "_SPIN", 60.0)
+    pauses = looks(monkeypatch, 20)
+    transport._call(lambda _library: 7)
+    assert pauses == []
+
+
+def test_a_call_that_waits_for_others_pauses_between_looks_and_can_be_ended(transport, monkeypatch):
+    monkeypatch.setattr(nccl, "_SPIN", 0.0)
+    pauses = looks(monkeypatch, 3)
+    transport._call(lambda _library: 7)
+    assert len(pauses) == 3
+    looks(monkeypatch, 10**6)
+    transport._life.aborted = True
+    with pytest.raises(CommunicationFailed, match="aborted"):
+        transport._call(lambda _library: 7)
