@@ -35,6 +35,12 @@ def main(socket_path: str) -> None:
 
     adopt(hello["flags"])  # before other modules of ComfyUI read them
 
+    import torch
+
+    if torch.device(hello["device"]).type == "cuda":
+        # before ComfyUI asks how much memory "the" GPU has, which on rank 0's would cost some hundred MB for every sidecar
+        torch.cuda.set_device(hello["device"])
+
     from para_core.comfy.worker import serve
 
     serve(channel, hello, lambda: leave(parent, directory))

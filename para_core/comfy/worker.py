@@ -108,10 +108,8 @@ class Run:
 
 
 def serve(channel: Channel, hello: dict[str, Any], leave: Callable[[], None]) -> None:
-    """Work for rank 0 until it ends. ``hello``: device, rank, size of the group."""
+    """Work for rank 0 until it ends. ``hello``: device (the current one), rank, size of the group."""
     device = torch.device(hello["device"])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
+    if device.type != "cuda":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // hello["size"]))
     Worker(channel, ComfyHost(), device, leave).serve()
