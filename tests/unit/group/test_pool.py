@@ -201,7 +201,7 @@ def test_a_sidecar_imports_the_library_under_its_own_name_and_hides_no_module_of
     try:
         worker = pool.start()
         channel = worker.open_channel(START_S)
-        channel.tell("hello", {"root": str(comfyui), "flags": {"cpu": True}})
+        channel.tell("hello", {"root": str(comfyui), "flags": {"cpu": True}, "device": "cpu"})
         kind, seen = channel.hear(10)
     finally:
         pool.stop()
