@@ -169,7 +169,7 @@ class Session:
             if self.foreign:
                 self.notes.say(f"Attention is computed on the first GPU alone, by {self.foreign}: without that node all GPUs share it.")
             self.split = Split(self, plan, devices)
-            self._undo.append(self.split.stop)
+            self._undo.insert(0, self.split.stop)  # last: until captures have gone, a communicator that was lost does not end
             for place, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
                 add_wrapper_with_key(place, KEY, wrapper, self.options, is_model_options=True)
                 self._undo.append(partial(self.options["transformer_options"]["wrappers"][place].pop, KEY, None))
@@ -312,10 +312,10 @@ class Session:
         """Go on with one rank: the cache starts cold, and ComfyUI is asked for the memory of whole steps."""
         assert self.split is not None and self.runner is not None
         self.notes.say(reason)
+        self.runner.graphs.drop()  # they hold the memory of shared steps, and the communicator, whose end ``stop`` waits for
         self.split.stop()
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.forget()
-        self.runner.graphs.drop()  # they hold the memory of shared steps, and the group's communicator
         self.split.make_room()
 
     def forget(self) -> None:

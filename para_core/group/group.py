@@ -354,9 +354,15 @@ class Group(Models):
         return result
 
     def end(self) -> None:
-        """The run is over: workers rest, and those that were lost are started again for the next one."""
+        """The run is over for the group: workers rest, and those that were lost are started again for the next one.
+
+        What was lost in the middle of a step is gone then: a message that is still arriving beside the current stream would be
+        written to memory that belongs to someone else by now.
+        """
         self._rest()
         if self.lost is not None:
+            with self._lock:
+                self._leave()
             self.warm([member.device for member in self._members])
 
     def _rest(self) -> None:
