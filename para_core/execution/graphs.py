@@ -94,7 +94,8 @@ class Graphs:
 
     Tensors among a call's arguments are copied in before every replay; every other argument, and ``context``, is part of
     a capture's identity. Ranks capture and replay independently: a capture sends nothing, and a replay sends what an
-    ordinary forward would, so one that cannot capture still fits the others.
+    ordinary forward would, so one that cannot capture still fits the others. NCCL promises that only where all capture; its
+    messages are the same all the same, unless they go straight from captured buffers (see ``group.communicator``).
     """
 
     def __init__(self, say: Callable[[str], None], device_type: str = "cuda") -> None:

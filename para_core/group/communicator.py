@@ -116,7 +116,7 @@ class Communicator:
         store = PrefixStore(f"{name}/", self._store)
         deadline = time.monotonic() + timeout_s
         if self.device.type == "cuda":
-            _bind_nccl_to_loopback()
+            _tell_nccl()
             publish_id(store, self.rank)
         self._meet(store, timeout_s)
         if self.device.type == "cuda":
@@ -299,9 +299,11 @@ class Meshes:
         )
 
 
-def _bind_nccl_to_loopback() -> None:
-    """NCCL listens on an interface of its choice unless the environment names one; there is no other way to tell it.
+def _tell_nccl() -> None:
+    """Before a process's first communicator: what NCCL can be told in no other way. The user's own choice stays, on every rank.
 
-    Workers are started with the variable set; this is for rank 0, ComfyUI's own process, and yields to the user's choice.
+    Its bootstrap would listen on an interface of its choice. And it would send straight from captured buffers where it can, which
+    hangs with torch's expandable segments (pytorch issue 158029), and does not fit a rank whose own capture has failed.
     """
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    for name, value in {"NCCL_SOCKET_IFNAME": "lo", "NCCL_GRAPH_REGISTER": "0"}.items():
+        os.environ.setdefault(name, value)

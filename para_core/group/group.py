@@ -70,7 +70,8 @@ class Group(Models):
         self.counts: Counter[str] = Counter()
         self.lost: str | None = None
         self._device = torch.device("cpu")
-        self._pool = Pool(script, {"NCCL_SOCKET_IFNAME": "lo"})
+        # NVLink multicast is for large sums, and takes memory and time. One rank without is enough: ComfyUI's process is left as it is.
+        self._pool = Pool(script, {"NCCL_NVLS_ENABLE": "0"})
         self._hello = hello
         self._members: list[Member] = []
         self._comm: Communicator | None = None

@@ -185,9 +185,12 @@ def test_alone_every_collective_is_a_copy_and_needs_no_store() -> None:
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch comes with NCCL")
 def test_without_nccl_a_group_of_gpus_fails_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "1")
+    monkeypatch.delenv("NCCL_GRAPH_REGISTER")
     with pytest.raises(CommunicationFailed, match="comes without NCCL"):
         Communicator.join(tmp_path / "store", "first", 0, 2, "cuda:0", 1.0, 1.0)
+    assert (os.environ["NCCL_SOCKET_IFNAME"], os.environ["NCCL_GRAPH_REGISTER"]) == ("eth7", "0"), "the user's choice, and ours"
 
 
 # -- meshes -----------------------------------------------------------------------------------------------------------
