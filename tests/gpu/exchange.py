@@ -18,9 +18,6 @@ Third table, two cards: milliseconds of attention alone, the exchange alone, and
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,9 +27,11 @@ from statistics import median
 
 HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parents[1])  # this folder holds names of others
+sys.path.append(str(HERE.parent))
 
 import torch  # noqa: E402
 
+from gpu.processes import Process, put  # noqa: E402
 from para_core.attention import wire  # noqa: E402
 from para_core.attention.backends import BACKENDS, Backend, pytorch  # noqa: E402
 from para_core.attention.choice import request_of  # noqa: E402
@@ -121,28 +120,14 @@ def outcome(name: str, *, cpu: bool, compiled: bool) -> tuple[list[tuple[str, st
             own = {"NCCL_HOSTID": f"paradit-rank{rank}"} if not cpu and torch.cuda.device_count() < 2 else {}
             own |= {} if rank or cpu else {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}
             own |= {} if rank or cpu or not compiled else {"TORCHINDUCTOR_CPP_WRAPPER": "1"}
-            ranks.append(
-                subprocess.Popen(
-                    [*call, "--rank", str(rank)],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    env={**os.environ, **own, "PYTHONFAULTHANDLER": "1"},
-                )
-            )
-        texts, late = [], time.time() + LIMIT
-        for process in ranks:
-            try:
-                texts.append(process.communicate(timeout=max(1, late - time.time()))[0])
-            except subprocess.TimeoutExpired:
-                process.kill()
-                texts.append(process.communicate()[0] + "\nlate")
-    rows = [tuple(json.loads(line[4:])) for line in texts[0].splitlines() if line.startswith("ROW ")]
-    codes = [process.returncode for process in ranks]
-    if any(codes):
-        rows.append(("right", f"{name:14}FAIL: the ranks ended with {codes}"))
-        return rows, "\n".join(f"-- rank {rank}\n{text[-3000:]}" for rank, text in enumerate(texts))
-    return rows, "\n".join(line for line in texts[0].splitlines() if line.startswith("SAY "))
+            ranks.append(Process([*call, "--rank", str(rank)], own, said=False))
+        late = time.time() + LIMIT
+        codes = [process.end(max(1.0, late - time.time())) for process in ranks]
+    rows = [(table, row) for table, row in ranks[0].rows]
+    if codes != ["0", "0"]:
+        rows.append(("right", f"{name:14}FAIL: the ranks ended with {' and '.join(codes)}"))
+        return rows, "\n".join("\n".join([f"-- rank {rank}", *process.lines[-60:]]) for rank, process in enumerate(ranks))
+    return rows, "\n".join(line for line in ranks[0].lines if line.startswith("SAY "))
 
 
 # -- a rank -----------------------------------------------------------------------------------------------------------------
@@ -280,7 +265,7 @@ def agreed(ranks: Ranks, wrong: object) -> bool:
 
 def say(table: str, row: str, ranks: Ranks | None = None) -> None:
     if ranks is None or ranks.comm.rank == 0:
-        print("ROW " + json.dumps([table, row]), flush=True)
+        put(table, row)
 
 
 def spent(call: Callable[[], object], device: torch.device, count: int) -> float:

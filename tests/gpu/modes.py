@@ -15,22 +15,21 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parent)  # this folder holds names of others
 sys.path.append(str(HERE.parents[1]))
+
+from gpu import processes  # noqa: E402
+from gpu.case import FLUX, relative, sample, write_flux  # noqa: E402
 
 STEPS = 8
 LIMIT = 240  # seconds a case
@@ -52,6 +51,7 @@ CASES = {
     "static": Case(("--disable-dynamic-vram",)),
     "static, native": Case(("--disable-dynamic-vram", "--disable-cuda-malloc"), graphs=True),
 }
+HEADS = {"flags": 20, "mode": 14, "ok": 4, "error": 7, "replays": 7, "first s": 7, "ms/step": 7, "memory MB": 9}
 
 
 def main() -> None:
@@ -67,43 +67,10 @@ def main() -> None:
         return
     started, names = time.time(), options.names or (["default"] if options.cpu else [*CASES])
     with tempfile.TemporaryDirectory(prefix="paradit-gpu-") as folder:
-        write_files(Path(folder), cpu=options.cpu)
+        write_flux(Path(folder), cpu=options.cpu)
         call = [sys.executable, str(Path(__file__).resolve()), "--folder", folder, *(["--cpu"] if options.cpu else [])]
-        with ThreadPoolExecutor(options.jobs or len(names)) as pool:
-            rows = [row for found in pool.map(lambda name: outcome([*call, "--case", name], name), names) for row in found]
-    heads = {"flags": 20, "mode": 14, "ok": 4, "error": 7, "replays": 7, "first s": 7, "ms/step": 7, "memory MB": 9}
-    print("\n" + " ".join(f"{head:{width}}" for head, width in heads.items()) + " notes")
-    for row in rows:
-        print(" ".join(f"{value:{width}}" for value, width in zip(row, [*heads.values(), 0], strict=False)))
-    print(f"{time.time() - started:.0f} s, {sum(row[2] != 'ok' for row in rows)} of {len(rows)} not ok")
-
-
-def outcome(call: list[str], name: str) -> list[list[str]]:
-    """A case's rows of the table; what went wrong is one."""
-    environment = {**os.environ, "PYTHONFAULTHANDLER": "1", "TORCHINDUCTOR_COMPILE_THREADS": "3"}
-    try:
-        done = subprocess.run(
-            call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT, env=environment, check=False
-        )
-        text, code = done.stdout, str(done.returncode)
-    except subprocess.TimeoutExpired as late:
-        text, code = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or "", "late"
-    found = [json.loads(line.partition("ROW ")[2]) for line in text.splitlines() if line.startswith("ROW ")]
-    if code != "0" or not found:
-        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("ROW ")]
-        found.append([name, "-", "FAIL", *["-"] * 5, f"ended with {code}: {(lines or [''])[-1][:150]}"])
-    wrong = any(row[2] != "ok" for row in found)
-    print("\n".join([f"== {name}", *(text.splitlines()[-60:] if wrong else []), *("  ".join(row) for row in found)]), flush=True)
-    return found
-
-
-def write_files(folder: Path, *, cpu: bool) -> None:
-    """A FLUX of 1.1 GB in float32 (8 MB for CPUs)."""
-    from env import models
-    from safetensors.torch import save_file
-
-    heads, double, single = (1, 1, 1) if cpu else (8, 4, 8)
-    save_file(models.flux(seed=51, heads=heads, double_blocks=double, single_blocks=single), folder / "flux.safetensors")
+        rows = processes.run(call, names, HEADS, limit=LIMIT, jobs=options.jobs or len(names))
+    processes.table(HEADS, rows, started)
 
 
 def inside(name: str, folder: Path, *, cpu: bool) -> None:
@@ -119,22 +86,19 @@ def inside(name: str, folder: Path, *, cpu: bool) -> None:
     from para_core.comfy.attach import attach
     from para_core.settings import Compile
 
-    def put(*values: str) -> None:
-        print("ROW " + json.dumps([name, *values]), flush=True)
-
     with torch.inference_mode():
-        base = comfy.sd.load_diffusion_model(str(folder / "flux.safetensors"))
+        base = comfy.sd.load_diffusion_model(str(folder / FLUX))
         started = time.time()
-        sample(base, cpu=cpu)
-        first, stock = time.time() - started, sample(base, cpu=cpu)
+        sample(base, STEPS, big=not cpu)
+        first, stock = time.time() - started, sample(base, STEPS, big=not cpu)
         what = f"{'cpu' if cpu else torch.cuda.get_allocator_backend()}, {'dynamic' if base.is_dynamic() else 'static'}"
-        put("stock", "ok", "0e+00", "-", f"{first:.1f}", f"{pace(base, folder, cpu=cpu):.1f}", memory(cpu), what)
+        processes.put(name, "stock", "ok", "0e+00", "-", f"{first:.1f}", f"{pace(base, folder, cpu=cpu):.1f}", memory(cpu), what)
         for mode in MODES:
             try:
-                put(mode, *row(case, mode, attach(base, Compile(mode)), stock, folder, cpu=cpu))
+                processes.put(name, mode, *row(case, mode, attach(base, Compile(mode)), stock, folder, cpu=cpu))
             except Exception as error:  # noqa: BLE001  the table says it, the next mode is tried
                 traceback.print_exc()
-                put(mode, "FAIL", *["-"] * 5, f"{type(error).__name__}: {error}".splitlines()[0][:200])
+                processes.put(*processes.failed(name, mode, HEADS, f"{type(error).__name__}: {error}"))
     sys.stdout.flush()
     os._exit(0)
 
@@ -144,11 +108,11 @@ def row(case: Case, mode: str, model: Any, stock: Any, folder: Path, *, cpu: boo
 
     with reports() as lines:
         started = time.time()
-        sample(model, cpu=cpu)
+        sample(model, STEPS, big=not cpu)
         first = time.time() - started
-        result = sample(model, cpu=cpu)
+        result = sample(model, STEPS, big=not cpu)
         step = pace(model, folder, cpu=cpu)
-    error = float((result - stock).norm() / stock.norm())
+    error = relative(result, stock)
     # nothing of ours runs in mode off, and no run is reported
     replays, notes = (lines[-1]["replays"], lines[-1]["notes"]) if lines else (0, [])
     wrong = []
@@ -164,12 +128,12 @@ def row(case: Case, mode: str, model: Any, stock: Any, folder: Path, *, cpu: boo
 
 def pace(model: Any, folder: Path, *, cpu: bool) -> float:
     """Milliseconds a step."""
-    with (folder / "flux.safetensors").open("rb") as lock:
+    with (folder / FLUX).open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         times = []
         for _ in range(3):
             started = time.perf_counter()
-            sample(model, cpu=cpu)
+            sample(model, STEPS, big=not cpu)
             times.append(time.perf_counter() - started)
     return 1000 * min(times) / STEPS
 
@@ -179,18 +143,6 @@ def memory(cpu: bool) -> str:
     import torch
 
     return "-" if cpu else f"{torch.cuda.memory_allocated() / 2**20:.0f}"
-
-
-def sample(model: Any, *, cpu: bool) -> Any:
-    import comfy.sample
-    import torch
-    from env import models
-
-    make = partial(torch.randn, generator=torch.Generator().manual_seed(5))
-    text = [[make(1, 33, models.FLUX_TEXT_WIDTH), {"pooled_output": make(1, models.FLUX_POOLED_WIDTH)}]]
-    latent = torch.zeros(1, models.LATENT_CHANNELS, *((18, 22) if cpu else (128, 130)))
-    result = comfy.sample.sample(model, make(*latent.shape), STEPS, 1.0, "euler", "simple", text, text, latent, disable_pbar=True, seed=5)
-    return result.float().cpu()
 
 
 if __name__ == "__main__":

@@ -30,11 +30,14 @@ HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parent)  # this folder holds names of others
 sys.path.append(str(HERE.parents[1]))
 
+from gpu import processes  # noqa: E402
+
 FLAGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "static": ("--disable-dynamic-vram",),
     "static, native": ("--disable-dynamic-vram", "--disable-cuda-malloc"),
 }
+HEADS = {"flags": 14, "way": 18, "ok": 4, "ranks": 5, "ms/step": 7, "first s": 7, "cached": 6, "replays": 7, "stock's": 9, "dB": 5}
 PROMPT = "panda on white"
 NEAR = {"stock": 40.0, "off": 28.0, "balanced": 20.0}  # dB: a second time, another kernel, cached steps; a fault does more
 SOON = 5.0  # seconds in which an interrupt ends a prompt
@@ -84,12 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="paradit-front-") as front, ThreadPoolExecutor(options.jobs or len(names)) as pool:
         found = list(pool.map(lambda name: case(name, cards, front, options.log), names))
     print("\n".join(text for _, text in found))
-    heads = {"flags": 14, "way": 18, "ok": 4, "ranks": 5, "ms/step": 7, "first s": 7, "cached": 6, "replays": 7, "stock's": 9, "dB": 5}
-    print("\n" + " ".join(f"{head:{width}}" for head, width in heads.items()) + " notes")
-    rows = [row for own, _ in found for row in own]
-    for row in rows:
-        print(" ".join(f"{value:{width}}" for value, width in zip(row, [*heads.values(), 0], strict=False)))
-    print(f"{time.time() - started:.0f} s, {sum(row[2] != 'ok' for row in rows)} of {len(rows)} not ok")
+    processes.table(HEADS, [row for own, _ in found for row in own], started)
 
 
 def write_models() -> None:
@@ -131,7 +129,7 @@ def case(name: str, cards: int, front: str, logs: Path | None) -> tuple[list[lis
                 (logs / f"{name.replace(', ', '-')}.log").write_text(server.log_text())
     except Exception as error:  # noqa: BLE001  the table says it, the other servers go on
         text.append(traceback.format_exc())
-        rows.append([name, "-", "FAIL", *["-"] * 7, f"{type(error).__name__}: {error}".replace("\n", " ")[-200:]])
+        rows.append(processes.failed(name, "-", HEADS, f"{type(error).__name__}: {error}"))
     return rows, "\n".join(text)
 
 
@@ -156,7 +154,7 @@ class Trial:
             row = make()
         except Exception as error:  # noqa: BLE001  the table says it, the next way is tried
             self.text.append(f"{self.name}, {way}: {traceback.format_exc()}")
-            row = [self.name, way, "FAIL", *["-"] * 7, f"{type(error).__name__}: {error}".replace("\n", " ")[-200:]]
+            row = processes.failed(self.name, way, HEADS, f"{type(error).__name__}: {error}")
         print("  ".join(row), flush=True)  # the table comes at the very end
         return row
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import json
 import logging
 import os
 import subprocess
@@ -23,16 +22,17 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path[0] = str(HERE.parent)  # this folder holds names of others
 sys.path.append(str(HERE.parents[1]))
+
+from gpu import processes  # noqa: E402
+from gpu.case import FLUX, relative, sample, second_rank, write_flux  # noqa: E402
 
 STEPS = 2
 LIMIT = 150  # seconds a case
@@ -67,6 +67,7 @@ CASES = {
     "novram": Case(("--disable-dynamic-vram", "--novram", EXACT), opened=True, host=None),
     "lowvram-small-card": Case(("--disable-dynamic-vram", "--lowvram", EXACT), usable=1.0, opened=True, host=None, tolerance=1e-3),
 }
+HEADS = {"case": 20, "lora": 5, "ok": 4, "ranks": 5, "way": 7, "error": 8, "bits": 9, "host MB own/files/peak, a rank": 32, "model": 7}
 
 
 # -- the parent: starts the cases, prints the table -------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def main() -> None:
     if options.case:
         inside(options.case, options.folder, cpu=options.cpu)
         return
-    started, rows = time.time(), []
+    started = time.time()
     with tempfile.TemporaryDirectory(prefix="paradit-gpu-") as folder:
         call = [sys.executable, str(Path(__file__).resolve()), "--folder", folder, *(["--cpu"] if options.cpu else [])]
         write_files(Path(folder), cpu=options.cpu)
@@ -90,49 +91,17 @@ def main() -> None:
         # those that count the card's free memory run alone
         alone = [name for name in names if CASES[name].usable is not None]
         together = [name for name in names if name not in alone]
-        for group, width in ((together, TOGETHER), (alone, 1)):
-            with ThreadPoolExecutor(width) as executor:
-                for found in executor.map(lambda name: outcome([*call, "--case", name], name), group):
-                    rows += found
-    heads = {"case": 20, "lora": 5, "ok": 4, "ranks": 5, "way": 7, "error": 8, "bits": 9, "host MB own/files/peak, a rank": 32, "model": 7}
-    print("\n" + " ".join(f"{head:{width}}" for head, width in heads.items()) + " notes")
-    for row in rows:
-        print(" ".join(row))
-    print(f"{time.time() - started:.0f} s, {sum('ok' not in row[2] for row in rows)} of {len(rows)} not ok")
-
-
-def outcome(call: list[str], name: str) -> list[list[str]]:
-    """A case's rows of the table; what went wrong is one."""
-    # both ranks use one card, which NCCL takes for a mistake unless they seem to be on two machines
-    environment = {**os.environ, "NCCL_HOSTID": "paradit-rank0", "PYTHONFAULTHANDLER": "1"}
-    started = time.time()
-    try:
-        done = subprocess.run(call, capture_output=True, text=True, timeout=LIMIT, env=environment, check=False)
-        text, code = done.stdout + done.stderr, str(done.returncode)
-    except subprocess.TimeoutExpired as late:
-        text, code = "".join(part.decode() if isinstance(part, bytes) else part or "" for part in (late.stdout, late.stderr)), "late"
-    found = [json.loads(line.partition("ROW ")[2]) for line in text.splitlines() if line.startswith("ROW ")]
-    if not found or code != "0" or any("ok" not in one[2] for one in found):
-        print("\n".join(text.splitlines()[-60:]), flush=True)
-    if not found or code != "0":
-        found.append([f"{name:20}", f"{'-':5}", "FAIL", f"ended with {code}: {last(text)[:150]}"])
-    print("\n".join([f"== {name}: {time.time() - started:.0f} s", *(" ".join(one) for one in found)]), flush=True)
-    return found
-
-
-def last(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("ROW ")]
-    return lines[-1] if lines else ""
+        rows = processes.run(call, together, HEADS, limit=LIMIT, jobs=TOGETHER)
+        rows += processes.run(call, alone, HEADS, limit=LIMIT, jobs=1)
+    processes.table(HEADS, rows, started)
 
 
 def write_files(folder: Path, *, cpu: bool) -> None:
-    """A FLUX of 1.1 GB in float32 (8 MB for CPUs) and a LoRA for it."""
+    """A FLUX, a LoRA for it, and a smaller one that is sampled first."""
     from env import models
     from safetensors.torch import save_file
 
-    heads, double, single = (1, 1, 1) if cpu else (8, 4, 8)
-    model = models.flux(seed=51, heads=heads, double_blocks=double, single_blocks=single)
-    save_file(model, folder / "flux.safetensors")
+    model = write_flux(folder, cpu=cpu)
     save_file(models.low_rank(model, ("attn.qkv", "linear1", "mlp.0"), seed=52, kohya=True), folder / "lora.safetensors")
     save_file(models.flux(seed=53, heads=1, double_blocks=1, single_blocks=1), folder / "warm.safetensors")
 
@@ -144,7 +113,7 @@ def inside(name: str, folder: Path, *, cpu: bool) -> None:
     case = CASES[name]
     flags = [*case.flags] if not cpu else ["--cpu"]
     if case.usable is not None and not cpu:
-        flags += ["--reserve-vram", f"{card() - case.usable - (folder / 'flux.safetensors').stat().st_size / 2**31:.2f}"]
+        flags += ["--reserve-vram", f"{card() - case.usable - (folder / FLUX).stat().st_size / 2**31:.2f}"]
     from env.comfy_import import boot_comfy, dynamic_vram
 
     boot_comfy(flags)
@@ -154,26 +123,22 @@ def inside(name: str, folder: Path, *, cpu: bool) -> None:
         dynamic_vram()
     import torch
 
-    from para_core.comfy import sidecars
     from para_core.settings import Parallel
 
-    settings = Parallel(2)
-    sidecars.devices = lambda *_, **__: ["cpu" if cpu else "cuda:0"]  # the same card twice
-    group = sidecars.group()
-    group._pool._environment["NCCL_HOSTID"] = "paradit-rank1"
+    settings, group = Parallel(2), second_rank(cpu=cpu)
     with torch.inference_mode():
         warm = loaded(folder / "warm.safetensors", case.weight_dtype)  # libraries that its arithmetic needs are loaded now
-        sample(shared(warm, settings))
+        sample(shared(warm, settings), STEPS, big=False)
         del warm
         print(f"{name}: a first model has been sampled", flush=True)
-        base = loaded(folder / "flux.safetensors", case.weight_dtype)
+        base = loaded(folder / FLUX, case.weight_dtype)
         size = base.model_size()
         for lora in ("off", "on", "off"):
             try:
-                row(name, case, settings, group, base, folder, lora, size, cpu=cpu)
+                processes.put(name, lora, *row(case, settings, group, base, folder, lora, size, cpu=cpu))
             except BaseException as error:  # noqa: BLE001  the table says it, the next row is tried
                 traceback.print_exc()
-                print("ROW " + json.dumps([f"{name:20}", f"{lora:5}", "FAIL", f"{type(error).__name__}: {error}"[:160]]), flush=True)
+                processes.put(*processes.failed(name, lora, HEADS, f"{type(error).__name__}: {error}"))
     group.close()
     sys.stdout.flush()
     os._exit(0)
@@ -208,42 +173,30 @@ def shared(model: Any, settings: Any) -> Any:
     return attach(model, settings)
 
 
-def sample(model: Any) -> Any:
-    import comfy.sample
-    import torch
-    from env import models
-
-    make = partial(torch.randn, generator=torch.Generator().manual_seed(5))
-    text = [[make(1, 33, models.FLUX_TEXT_WIDTH), {"pooled_output": make(1, models.FLUX_POOLED_WIDTH)}]]
-    latent = torch.zeros(1, models.LATENT_CHANNELS, 18, 22)
-    result = comfy.sample.sample(model, make(*latent.shape), STEPS, 1.0, "euler", "simple", text, text, latent, disable_pbar=True, seed=5)
-    return result.float().cpu()
-
-
-def row(name: str, case: Case, settings: Any, group: Any, base: Any, folder: Path, lora: str, size: int, *, cpu: bool) -> None:
+def row(case: Case, settings: Any, group: Any, base: Any, folder: Path, lora: str, size: int, *, cpu: bool) -> list[str]:
     import comfy.model_management
     from parity.inprocess import reports
 
     model = with_lora(base, folder, 0.8) if lora == "on" else base
-    first = sample(model)
-    expected = sample(model)  # from now on, because ComfyUI rounds some patched weights only after their first use
+    first = sample(model, STEPS, big=False)
+    expected = sample(model, STEPS, big=False)  # from now on, because ComfyUI rounds some patched weights only after their first use
     pids, before = [os.getpid(), *group.pids], dict(group.counts)
     for pid in pids:
         with suppress(OSError):  # where the kernel has no such file, peaks are those since the process began
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # peaks begin anew
     host, start = [used(pid) for pid in pids], [kilobytes(f"/proc/{pid}/status", "VmRSS:") for pid in pids]
     with reports() as lines:
-        result = sample(shared(model, settings))
+        result = sample(shared(model, settings), STEPS, big=False)
     peaks = [kilobytes(f"/proc/{pid}/status", "VmHWM:") - rss for pid, rss in zip(pids, start, strict=True)]
     grown = [(used(pid)[0] - own, used(pid)[1] - files) for pid, (own, files) in zip(pids, host, strict=True)]
     report = lines[-1]
-    error, own = (float((one - expected).norm() / expected.norm()) for one in (result, first))
+    error, own = (relative(one, expected) for one in (result, first))
     way = next((kind for kind in ("models", "patches", "opened") if group.counts[kind] > before.get(kind, 0)), "held")
     equal, compared = (0, 0) if way == "opened" else bits(model)
     wrong = []
     if report["ranks"] != 2 or report["notes"]:
         wrong.append("not shared")
-    if error > max(case.tolerance * STEPS, 3 * own) or error != error:
+    if not error <= max(case.tolerance * STEPS, 3 * own):
         wrong.append("inexact")
     if case.opened and way != "opened" and not cpu:
         wrong.append("the file was not opened")
@@ -254,25 +207,17 @@ def row(name: str, case: Case, settings: Any, group: Any, base: Any, folder: Pat
     if case.host is not None and not cpu and max(own for own, _ in grown) > max(case.host * size, LIBRARIES):
         wrong.append("host memory")
     memory = [f"{own / 2**20:.0f}/{files / 2**20:.0f}/{high / 2**20:.0f}" for (own, files), high in zip(grown, peaks, strict=True)]
-    print(
-        "ROW "
-        + json.dumps(
-            [
-                f"{name:20}",
-                f"{lora:5}",
-                "FAIL" if wrong else "ok  ",
-                f"{report['ranks']:<5}",
-                f"{way:7}",
-                f"{error:.1e} ",
-                f"{equal}/{compared}".ljust(9),
-                " + ".join(memory).ljust(32),
-                f"{size / 2**20:.0f} MB".ljust(7),
-                "; ".join([*wrong, f"stock with itself {own:.0e}", *report["notes"]])[:220],
-            ]
-        ),
-        flush=True,
-    )
     comfy.model_management.soft_empty_cache()
+    return [
+        "FAIL" if wrong else "ok",
+        str(report["ranks"]),
+        way,
+        f"{error:.1e}",
+        f"{equal}/{compared}",
+        " + ".join(memory),
+        f"{size / 2**20:.0f} MB",
+        "; ".join([*wrong, f"stock with itself {own:.0e}", *report["notes"]])[:220],
+    ]
 
 
 def bits(model: Any) -> tuple[int, int]:
