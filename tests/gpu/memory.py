@@ -1,13 +1,14 @@
 """Memory of the card: no growth over prompts of changing sizes, and peaks against stock's.
 
-    python tests/gpu/memory.py            every case, most at the same time, a table last (about 90 seconds on one H100)
+    python tests/gpu/memory.py            every case at the same time, a table last (about 90 seconds on one H100)
     python tests/gpu/memory.py --cpu      the same on the CPU with tiny models and few prompts, to see that the script works
     python tests/gpu/memory.py NAME ...   only these cases
 
-Each case is a process of its own. MB are those that torch has allocated and reserved in it, at the start (after prompts of all
-sizes) and at the end; of two ranks on ONE card also what others use of it. Peaks are of live tensors beside the weights, over
-stock's, in a prompt after the first; two ranks may need what ComfyUI is told (para_core/execution/memory.py). The model is
-FLUX.1-dev with fewer blocks, which changes neither.
+Each case is a process of its own. MB are those that torch has allocated and reserved in it, and in the second rank where there
+is one (on the same card), at the start (after prompts of all sizes) and at the end; no rank may have more communicators then, of
+whose buffers torch does not know. What other processes use of the card does not matter. Peaks are of live tensors beside the
+weights, over stock's, in a prompt after the first; two ranks may need what ComfyUI is told (para_core/execution/memory.py). The
+model is FLUX.1-dev with fewer blocks, which changes neither. On the CPU MB are those of all tensors, and peaks are not known.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import gc
 import json
 import os
 import random
-import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,14 @@ sys.path[0] = str(HERE.parent)  # this folder holds names of others
 sys.path.insert(1, str(HERE.parent / "bench"))
 sys.path.append(str(HERE.parents[1]))
 
+from gpu import processes  # noqa: E402
+from gpu.case import second_rank  # noqa: E402
+
 LIMIT = 180  # seconds a case
 FLAGS = ("--disable-dynamic-vram", "--disable-cuda-malloc", "--bf16-unet")
 ALLOCATED, RESERVED = 4, 64  # MB that a process may grow
 ABOVE = 1.01  # peaks over stock's
+ANSWER = 30.0  # seconds in which a second rank has ended its run
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ CASES = {
     "peaks": Case(modes=("off", "compile", "graph", "compile+graph")),
     "peaks, two ranks": Case(ranks=2, side=2048),
 }
-HEADS = {"case": 18, "mode": 14, "ok": 4, "allocated MB": 15, "reserved MB": 15, "others MB": 15, "peak MB": 8, "/stock": 7, "captures": 8}
+HEADS = {"case": 18, "mode": 14, "ok": 4, "rank 0 MB": 24, "rank 1 MB": 24, "peak MB": 8, "/stock": 7, "captures": 8}
 
 
 def main() -> None:
@@ -67,35 +72,8 @@ def main() -> None:
         return
     started, names = time.time(), options.names or [*CASES]
     call = [sys.executable, str(Path(__file__).resolve()), *(["--cpu"] if options.cpu else [])]
-    rows = []
-    alone = [name for name in names if options.cpu or CASES[name].prompts and CASES[name].ranks > 1]  # others' memory counts there
-    for some in (*([name] for name in alone), [name for name in names if name not in alone]):
-        with ThreadPoolExecutor(max(1, len(some))) as pool:
-            rows += [row for found in pool.map(lambda name: outcome([*call, "--case", name], name), some) for row in found]
-    print("\n" + " ".join(f"{head:{width}}" for head, width in HEADS.items()) + " notes")
-    for row in rows:
-        print(" ".join(f"{value:{width}}" for value, width in zip(row, [*HEADS.values(), 0], strict=False)))
-    print(f"{time.time() - started:.0f} s, {sum(row[2] != 'ok' for row in rows)} of {len(rows)} not ok")
-
-
-def outcome(call: list[str], name: str) -> list[list[str]]:
-    """A case's rows of the table; what went wrong is one."""
-    # both ranks use one card, which NCCL takes for a mistake unless they seem to be on two machines
-    environment = {**os.environ, "NCCL_HOSTID": "paradit-rank0", "PYTHONFAULTHANDLER": "1", "TORCHINDUCTOR_COMPILE_THREADS": "3"}
-    try:
-        done = subprocess.run(
-            call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT, env=environment, check=False
-        )
-        text, code = done.stdout, str(done.returncode)
-    except subprocess.TimeoutExpired as late:
-        text, code = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or "", "late"
-    found = [json.loads(line.partition("ROW ")[2]) for line in text.splitlines() if line.startswith("ROW ")]
-    if code != "0" or not found:
-        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("ROW ")]
-        found.append([name, "-", "FAIL", *["-"] * 6, f"ended with {code}: {(lines or [''])[-1][:150]}"])
-    wrong = any(row[2] != "ok" for row in found)
-    print("\n".join([f"== {name}", *(text.splitlines()[-60:] if wrong else []), *("  ".join(row) for row in found)]), flush=True)
-    return found
+    rows = processes.run(call, names, HEADS, limit=LIMIT, jobs=1 if options.cpu else len(names))
+    processes.table(HEADS, rows, started)
 
 
 def inside(name: str, *, cpu: bool) -> None:
@@ -110,23 +88,20 @@ def inside(name: str, *, cpu: bool) -> None:
     from sizes import CASES as SIZES
     from sizes import tiny
 
-    from para_core.comfy import sidecars
-
-    sidecars.devices = lambda settings, *_: ["cpu" if cpu else "cuda:0"] * (settings.gpus - 1)  # the same card twice
-    group = sidecars.group()
-    group._pool._environment["NCCL_HOSTID"] = "paradit-rank1"
     size = SIZES["flux-1024"]
     size = tiny(size) if cpu else replace(size, config={**size.config, "depth": 2, "depth_single_blocks": 4}, text=(256, 4096))
-    with torch.inference_mode():
+    with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="paradit-gpu-") as folder:
+        os.environ["COUNTS"] = f"{folder}/counts"
+        group = second_rank(HERE.parent / "faults" / "counting_sidecar.py", cpu=cpu)
         model = cases.build(size)
         rows = growth(model, size, case, cpu=cpu) if case.prompts else peaks(model, size, case, cpu=cpu)
         try:
             for row in rows:
-                print("ROW " + json.dumps([name, *row]), flush=True)
+                processes.put(name, *row)
         except Exception as error:  # noqa: BLE001  the table says it
             traceback.print_exc()
-            print("ROW " + json.dumps([name, "-", "FAIL", *["-"] * 6, f"{type(error).__name__}: {error}".splitlines()[0][:200]]))
-    group.close()
+            processes.put(*processes.failed(name, "-", HEADS, f"{type(error).__name__}: {error}"))
+        group.close()
     sys.stdout.flush()
     os._exit(0)
 
@@ -157,17 +132,52 @@ def growth(model: Any, size: Any, case: Case, *, cpu: bool):
     sides = [8, 10, 12] if cpu else [48, 56, 64, 72, 80, 96]
     for side in sides:
         prompt(side, side)
-    start = used(cpu)
+    start = held(lambda: prompt(sides[0], sides[0]), case.ranks)
     for _ in range(6 if cpu else case.prompts):
         prompt(dice.choice(sides), dice.choice(sides))
-    end = used(cpu)
-    grown = [after - before for before, after in zip(start, end, strict=True)]
-    good = grown[0] <= ALLOCATED and grown[1] <= RESERVED and (case.ranks == 1 or grown[2] <= RESERVED)
-    good = good and max(captures) <= MOST and not notes
-    if "graph" in mode and not cpu:
-        good = good and max(captures) > 0
-    spans = [f"{before:.0f} -> {after:.0f}" for before, after in zip(start, end, strict=True)]
+    end = held(lambda: prompt(sides[0], sides[0]), case.ranks)
+    for rank, (before, after) in enumerate(zip(start, end, strict=True)):
+        if after.allocated > before.allocated + ALLOCATED or after.reserved > before.reserved + RESERVED:
+            notes.add(f"rank {rank} has grown")
+        if after.communicators > before.communicators:
+            notes.add(f"rank {rank} has {after.communicators} communicators after {before.communicators}")
+    good = not notes and max(captures) <= MOST and (max(captures) > 0 or cpu or "graph" not in mode)
+    spans = [f"{before} -> {after}" for before, after in zip(start, end, strict=True)] + ["-"] * (2 - case.ranks)
     yield [mode, "ok" if good else "FAIL", *spans, "-", "-", str(max(captures)), "; ".join(sorted(notes))[:220]]
+
+
+@dataclass(frozen=True)
+class Held:
+    """By one rank: MB that torch has allocated and reserved, and communicators."""
+
+    allocated: float
+    reserved: float
+    communicators: int
+
+    def __str__(self) -> str:
+        return f"{self.allocated:.0f}, {self.reserved:.0f}"
+
+
+def held(prompt: Callable[[], None], ranks: int) -> list[Held]:
+    """What each rank holds after a prompt."""
+    from faults.counts import card
+
+    from para_core.group.communicator import Communicator
+
+    told = Path(os.environ["COUNTS"])
+    told.write_text("")  # the second rank writes there when its run has ended
+    prompt()
+    own = [amount / 2**20 for amount in card()]
+    found = [Held(*own, sum(type(one) is Communicator for one in gc.get_objects()))]
+    late = time.monotonic() + ANSWER
+    while ranks > 1 and not told.stat().st_size:
+        if time.monotonic() > late:
+            raise TimeoutError("the second rank does not say what it holds")
+        time.sleep(0.05)
+    if ranks > 1:
+        other = json.loads(told.read_text())
+        found.append(Held(*(amount / 2**20 for amount in other["card"]), other["objects"].get("Communicator", 0)))
+    return found
 
 
 def peaks(model: Any, size: Any, case: Case, *, cpu: bool):
@@ -183,7 +193,7 @@ def peaks(model: Any, size: Any, case: Case, *, cpu: bool):
     diffusion = model.model.diffusion_model
     told = part(Degrees(ulysses=case.ranks), side // 2, diffusion.num_heads, plan_for(diffusion).held_outside(diffusion))
     stock, _ = peak(lambda: cases.sample(model, size, steps=4), cpu)
-    yield ["stock", "ok", "-", "-", "-", f"{stock:.0f}", "1", "-", ""]
+    yield ["stock", "ok", "-", "-", f"{stock:.0f}", "1", "-", ""]
     for mode in case.modes:
         captures = watch_captures()
         accelerated = settings(model, case, mode)
@@ -191,34 +201,20 @@ def peaks(model: Any, size: Any, case: Case, *, cpu: bool):
         ratio, allowed = (most / stock if stock else 0.0), ABOVE if case.ranks == 1 else told
         good = ratio <= allowed and run.report["ranks"] == case.ranks and not run.report["notes"]
         words = [f"at most {allowed:.2f}", *run.report["notes"]]
-        yield [mode, "ok" if good else "FAIL", "-", "-", "-", f"{most:.0f}", f"{ratio:.3f}", str(max(captures)), "; ".join(words)[:220]]
+        yield [mode, "ok" if good else "FAIL", "-", "-", f"{most:.0f}", f"{ratio:.3f}", str(max(captures)), "; ".join(words)[:220]]
 
 
 def peak(sample: Any, cpu: bool) -> tuple[float, Any]:
     """MB that live at once beside what lived before, in the second of two prompts, and what it returned."""
     import torch
+    from faults.counts import card
 
     sample()
-    before = used(cpu)[0]
+    before = card()[0]
     if not cpu:
         torch.cuda.reset_peak_memory_stats()
     result = sample()
-    return (0.0 if cpu else torch.cuda.max_memory_allocated() / 2**20 - before), result
-
-
-def used(cpu: bool) -> tuple[float, float, float]:
-    """MB that torch has allocated and reserved in this process, and what else is used of the card."""
-    import comfy.model_management
-    import torch
-
-    gc.collect()
-    if cpu:
-        return 0.0, 0.0, 0.0
-    torch.cuda.synchronize()
-    comfy.model_management.soft_empty_cache(force=True)
-    free, total = torch.cuda.mem_get_info()
-    reserved = torch.cuda.memory_reserved()
-    return torch.cuda.memory_allocated() / 2**20, reserved / 2**20, (total - free - reserved) / 2**20
+    return (0.0 if cpu else (torch.cuda.max_memory_allocated() - before) / 2**20), result
 
 
 def watch_captures() -> list[int]:
