@@ -48,11 +48,11 @@ OWN_MASK = ("flux mask", "hunyuan video mask", "qwen image mask", "ltx video wea
 # the families that read what a neighbour leaves for them
 READERS: dict[str, tuple[str, ...]] = {
     "control": tuple(CONTROL),
-    "rope options": ("flux", "wan", "lumina", "z-image"),
+    "rope options": ("flux", "wan", "lumina", "z-image", "kandinsky"),
     "attn1 patch": ("flux", "chroma", "hunyuan", "wan", "qwen", "cosmos predict2", "anima", "krea"),
     "attn1 output patch": ("flux", "chroma", "hunyuan", "krea"),
     "post input patch": ("flux", "qwen", "cosmos predict2", "anima", "krea"),
-    "skipped block": ("flux", "chroma", "hunyuan", "mochi", "wan", "minimax", "qwen", "ltx", "sd3"),
+    "skipped block": ("flux", "chroma", "hunyuan", "mochi", "wan", "minimax", "qwen", "ltx", "sd3", "kandinsky"),
 }
 
 

@@ -47,7 +47,7 @@ def post_input(given: dict[str, Any]) -> dict[str, Any]:
 
 def skip(given: dict[str, Any], _more: dict[str, Any]) -> dict[str, Any]:
     """In place of a block: hand its tokens on."""
-    return {name: given[name] for name in ("img", "txt") if name in given}
+    return {name: given[name] for name in ("img", "txt", "x") if name in given}
 
 
 def foreign(func: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
