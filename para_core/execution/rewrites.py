@@ -5,16 +5,13 @@ does not look exactly as expected stays as it is. Results are rounded at other p
 
 - ``rotate_before_joining``: where streams (text and image) are joined and then rotated, each is rotated first. With its norm
   it is then read and written once, straight to its place in memory ``(B, S, H, D)``, which attention takes as it is.
-- ``add_instead_of_joining``: a linear layer over [attention, GELU of the same layer that gave q, k and v], as FLUX's single
-  blocks have it, is the sum of two, so that GELU can end a matrix kernel and nothing is put side by side.
 - ``activate_in_linear``: GELU (its tanh form) ends the matrix kernel before it, which cuBLASLt has ready.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +37,7 @@ IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem")
 
 def rewrite(module: GraphModule) -> dict[str, int]:
     """Apply every rewrite to ``module`` in place. Returns how often each applied."""
-    done = {each.__name__: each(module.graph) for each in (rotate_before_joining, add_instead_of_joining, activate_in_linear)}
+    done = {each.__name__: each(module.graph) for each in (rotate_before_joining, activate_in_linear)}
     if any(done.values()):
         module.recompile()
     return done
@@ -77,7 +74,7 @@ def rotation(node: Node) -> str | None:
 
 def is_join_of_tokens(node: Node, table: Node) -> bool:
     """Whether ``node`` joins tokens, its dim 1 or 2 of four, of which ``table`` ``(..., D / 2, 2, 2)`` has as many."""
-    if not called(node, torch.cat):
+    if not called(node, torch.cat) or value(node) is None or value(table) is None:
         return False
     dim, shape, rows = join_dim(node), value(node).shape, value(table).shape
     return len(shape) == 4 and dim in (1, 2) and len(rows) == 6 and statically_known_true(rows[dim] == shape[dim])
@@ -98,58 +95,6 @@ def rotated_streams(graph: Graph, rotate: Callable, joined: Node, table: Node) -
     return graph.call_method("transpose", (graph.call_function(torch.cat, (rows_first, 1)), 1, 2))
 
 
-def add_instead_of_joining(graph: Graph) -> int:
-    """``h, m = split(linear(x)); linear(cat(f(h), gelu(m)))`` -> ``linear(f(linear(x))) + gelu(linear(x)) @ weight``."""
-    count = 0
-    for node in operations(graph):
-        found = parallel_mlp(node)
-        if found is None:
-            continue
-        gelu, other, (x, *weights), sizes = found
-        item, (joined, weight, bias) = gelu.args[0], layer(node)
-        split = item.args[0]
-        with graph.inserting_before(split):
-            parts = list(zip(*(slices(graph, each, 0, sizes) for each in weights), strict=True))
-            mlp = linear_gelu(graph, x, *parts[item.args[1]])
-        for user in [user for user in split.users if user is not item]:
-            with graph.inserting_before(user):
-                user.replace_all_uses_with(graph.call_function(F.linear, (x, *parts[user.args[1]])))
-            erase(graph, user)
-        with graph.inserting_before(node):
-            columns = dict(zip(joined.args[0], slices(graph, weight, 1, [value(part).shape[-1] for part in joined.args[0]]), strict=True))
-            part = graph.call_function(F.linear, (other, columns[other], bias))
-            total = graph.call_function(torch.addmm, (rows(graph, part), rows(graph, mlp), graph.call_method("t", (columns[gelu],))))
-            node.replace_all_uses_with(graph.call_method("view_as", (total, part)))
-        erase(graph, node)
-        count += 1
-    return count
-
-
-def parallel_mlp(node: Node) -> tuple[Node, Node, tuple[Node, Node, Node], list[int]] | None:
-    """Where ``node`` is a linear layer over a GELU and something else: both, the layer before them, and its sizes."""
-    after = layer_of(node)
-    joined: Node = after and after[0]
-    if not called(joined, torch.cat) or not only_use(joined) or not quiet(joined, node) or join_dim(joined) != value(joined).ndim - 1:
-        return None
-    activated = list(filter(is_tanh_gelu, joined.args[0]))
-    others = [part for part in joined.args[0] if part not in activated]
-    if len(activated) != 1 or len(others) != 1:
-        return None
-    item = activated[0].args[0]
-    split: Node = item.args[0] if called(item, operator.getitem) else None
-    sizes = split_sizes(split)
-    before = layer_of(split.args[0]) if sizes is not None else None
-    if sizes is None or before is None or not quiet(split.args[0], split):
-        return None
-    return (activated[0], others[0], before, sizes) if all(map(only_use, (activated[0], item, split.args[0]))) else None
-
-
-def slices(graph: Graph, tensor: Node, dim: int, sizes: Sequence[int]) -> list[Node]:
-    """``tensor`` cut along ``dim``."""
-    starts = accumulate(sizes, initial=0)
-    return [graph.call_function(torch.narrow, (tensor, dim, start, size)) for start, size in zip(starts, sizes, strict=False)]
-
-
 def activate_in_linear(graph: Graph) -> int:
     """``gelu(linear(x))`` -> one kernel."""
     count = 0
@@ -166,26 +111,18 @@ def activate_in_linear(graph: Graph) -> int:
 
 def linear_gelu(graph: Graph, x: Node, weight: Node, bias: Node) -> Node:
     """GELU, tanh form, of a linear layer. x ``(..., D)``, weight ``(E, D)``, bias ``(E,)`` -> ``(..., E)``."""
-    transposed = graph.call_method("t", (weight,))
-    flat = graph.call_function(torch._addmm_activation, (bias, rows(graph, x), transposed), {"use_gelu": True})
+    rows, transposed = graph.call_method("flatten", (x, 0, -2)), graph.call_method("t", (weight,))
+    flat = graph.call_function(torch._addmm_activation, (bias, rows, transposed), {"use_gelu": True})
     return graph.call_method("reshape", (flat, *(graph.call_method("size", (x, dim)) for dim in range(value(x).ndim - 1)), -1))
-
-
-def rows(graph: Graph, x: Node) -> Node:
-    """``(..., D)`` -> ``(rows, D)``."""
-    return graph.call_method("flatten", (x, 0, -2))
 
 
 def layer_of(node: Node) -> tuple[Node, Node, Node] | None:
     """x, weight and bias of the linear layer that ``node`` calls, if a matrix kernel of the library computes it."""
-    found = layer(node) if called(node, F.linear) else None
-    return found if found is not None and found[2] is not None and fits(*map(value, found)) else None
-
-
-def layer(node: Node) -> tuple[Node, Node, Node]:
-    """x, weight and bias (None where there is none) of the linear layer that ``node`` calls."""
+    if not called(node, F.linear):
+        return None
     given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-    return given["input"], given["weight"], given.get("bias")
+    x, weight, bias = given["input"], given["weight"], given.get("bias")
+    return (x, weight, bias) if bias is not None and fits(*map(value, (x, weight, bias))) else None
 
 
 def fits(*tensors: Any) -> bool:
@@ -203,16 +140,6 @@ def is_tanh_gelu(node: Node) -> bool:
     return called(node, F.gelu) and len(node.args) == 1 and node.kwargs.get("approximate") == "tanh"
 
 
-def split_sizes(node: Node) -> list[int] | None:
-    """The sizes of ``split(x, [a, b, ...], -1)`` whose parts are taken one by one."""
-    if not called(node, torch.split) or not all(called(user, operator.getitem) for user in node.users):
-        return None
-    given = dict(zip(("tensor", "split_size_or_sections", "dim"), node.args, strict=False)) | node.kwargs
-    sizes, dim = given["split_size_or_sections"], given.get("dim", 0)
-    listed = isinstance(sizes, (list, tuple)) and all(type(size) is int for size in sizes)
-    return list(sizes) if listed and dim in (-1, value(given["tensor"]).ndim - 1) else None
-
-
 def join_dim(node: Node) -> int:
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     return dim % value(node).ndim
@@ -223,8 +150,8 @@ def called(node: Node, function: Callable) -> bool:
 
 
 def value(node: Node) -> Any:
-    """What the tracer saw there: a tensor without data."""
-    return node.meta["example_value"]
+    """What the tracer saw there: a tensor without data. None where it does not tell."""
+    return node.meta.get("example_value")
 
 
 def only_use(node: Node) -> bool:
@@ -249,7 +176,7 @@ def quiet(first: Node, last: Node) -> bool:
 
 def erase(graph: Graph, node: Node) -> None:
     """Remove ``node`` if nothing uses it, and then likewise what only it used. Nothing else: methods may write in place."""
-    replaced = (F.linear, F.gelu, torch.cat, torch.split, operator.getitem)
+    replaced = (F.linear, F.gelu, torch.cat, operator.getitem)
     if node.users or node.op != "call_function" or node.target not in replaced and rotation(node) is None:
         return
     inputs = node.all_input_nodes

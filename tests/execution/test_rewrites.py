@@ -81,21 +81,6 @@ def test_what_was_joined_lies_as_attention_takes_it(rewritten):
     assert result.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["attention first", "MLP first"])
-def test_a_parallel_mlp_is_added(rewritten, first):
-    """Whatever lies first, in the layer before as in the one after."""
-
-    def block(x, w, b, w2, b2):
-        parts = torch.split(F.linear(x, w, b), [3 * D, E] if first else [E, 3 * D], dim=-1)
-        qkv, mlp = parts if first else parts[::-1]
-        q, k, v = qkv.chunk(3, -1)
-        joined = [q * k + v, F.gelu(mlp, approximate="tanh")]
-        return x + F.linear(torch.cat(joined if first else joined[::-1], 2), w2, b2)
-
-    given = weights((2, 5, D), (3 * D + E, D), (3 * D + E,), (D, D + E), (D,))
-    agree(block, rewritten, *given, add_instead_of_joining=1)
-
-
 def two_uses(x, w, b):
     y = F.linear(x, w, b)
     return F.gelu(y, approximate="tanh") + y
