@@ -147,13 +147,16 @@ class Split:
         options = self.session.options["transformer_options"]
         rows = shape[0] * (1 if math.isclose(self.session.cfg, 1.0) else 2)
         tokens = image_tokens(self.plan, model, shape[2:])
-        rate = gain.matrix_rate(device, self.session.patcher.model.get_dtype_inference())
-        times = gain.gain(
-            gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens, options=options), rate, self.group.link()
-        )
+        dtype = self.session.patcher.model.get_dtype_inference()
+        slowest = rate = gain.matrix_rate(device, dtype)
+        if gain.unlike([device, *map(torch.device, self.devices)]):
+            slowest = min(rate, self.group.slowest(dtype))
+        work, degrees = gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens, options=options)
+        times = gain.gain(work, degrees, rate, self.group.link(), slowest)
         if times > gain.WORTH:
             return ""
-        return f"This run is not split: on this link between the GPUs a step would take {1 / times:.2g} times as long."
+        slow = f" with a GPU of {slowest / rate:.0%} of the first one's speed" if slowest < gain.UNEQUAL * rate else ""
+        return f"This run is not split:{slow} on this link between the GPUs a step would take {1 / times:.2g} times as long."
 
     def _machine(self) -> Machine | None:
         """The measured link and memory that the exchange is planned by; None where it goes as it is."""

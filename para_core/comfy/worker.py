@@ -14,8 +14,10 @@ from comfy.ldm.modules.attention import optimized_attention
 from ..attention.choice import Chooser
 from ..attention.timings import Timings
 from ..cache.first_block import Chunk, Step
+from ..execution import gain
 from ..execution.runner import Runner
 from ..group.channel import Channel
+from ..group.codec import dtype_named
 from ..group.worker import Worker
 from ..plans import plan_for
 from ..sequence.hooks import Arguments
@@ -45,6 +47,9 @@ class ComfyHost:
     def free_memory(self, device: torch.device) -> int:
         reserved = comfy.model_management.extra_reserved_memory() if device.type == "cuda" else 0
         return int(comfy.model_management.get_free_memory(device) - reserved)
+
+    def matrix_rate(self, device: torch.device, dtype: str) -> float:
+        return gain.matrix_rate(device, dtype_named(dtype))
 
     def begin(self, patcher, run: dict[str, Any]) -> Run:
         return Run(patcher.model.diffusion_model, run, opened=files.opened(patcher))

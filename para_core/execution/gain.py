@@ -8,7 +8,7 @@ values to each of the others.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +21,8 @@ EFFICIENCY = 0.6
 """Share of the matrix rate that a whole forward reaches (FLUX.1-dev 1024², H100, bf16: 74 TFLOP in 180 ms at 700 TFLOP/s)."""
 WORTH = 1.05
 """Least forecast gain for which a run is split."""
+UNEQUAL = 0.9
+"""Speed of another GPU over the first one's, below which it is named where it is in the way."""
 LAUNCH = 5e-6
 """Seconds of a small kernel, its launch included."""
 QUANTISING, QUANTISING_COMPILED = (45.0, 26), (11.5, 200)
@@ -76,9 +78,14 @@ def seconds(work: Work, degrees: Degrees, rate: float, link: Link | None = None)
     return compute + work.layers * (sent / link.rate + collectives * link.latency)
 
 
-def gain(work: Work, degrees: Degrees, rate: float, link: Link) -> float:
-    """How many times faster a step on ``degrees`` should be than on one rank."""
-    return seconds(work, Degrees(), rate) / seconds(work, degrees, rate, link)
+def gain(work: Work, degrees: Degrees, rate: float, link: Link, slowest: float | None = None) -> float:
+    """How many times faster a step on ``degrees`` should be than on one rank. ``slowest``: rate of the rank that all wait for."""
+    return seconds(work, Degrees(), rate) / seconds(work, degrees, slowest or rate, link)
+
+
+def unlike(devices: Sequence[torch.device]) -> bool:
+    """Whether these CUDA devices are cards of several kinds, which may be of unequal speed."""
+    return devices[0].type == "cuda" and len({torch.cuda.get_device_name(device) for device in devices}) > 1
 
 
 def message(size: float, link: Link) -> float:

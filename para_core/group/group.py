@@ -24,7 +24,7 @@ from ..log import log
 from ..sequence.mesh import Comm, Degrees, Link, Mesh
 from ..stopwatch import Exchanged
 from .channel import ChannelClosed
-from .codec import encode, pack
+from .codec import dtype_name, encode, pack
 from .communicator import CommunicationFailed, Communicator, Meshes
 from .link import measure
 from .member import Member, RankLost, one_line
@@ -314,6 +314,16 @@ class Group(Models):
                     member.tell("measure")
                 self._link = measure(self._comm, self._device)
         return self._link
+
+    def slowest(self, dtype: torch.dtype) -> float:
+        """Operations a second of the slowest worker's matrix products, each measured once. Raises RankLost."""
+        with self._shared():
+            asked = [member for member in self._members if dtype not in member.rates]
+            for member in asked:
+                member.tell("rate", dtype_name(dtype))
+            for member in asked:
+                member.rates[dtype] = self._reply(member, "rate", self.timeouts.load)
+        return min(member.rates[dtype] for member in self._members)
 
     def begin(self, **run: Any) -> None:
         """Sampling starts; ``run`` is told to every worker. Raises RankLost."""

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .channel import Channel, ChannelClosed
 from .pool import WorkerProcess
 
@@ -35,8 +37,9 @@ class Held:
 class Member:
     """One sidecar. ``ready``: it has imported what it needs. ``heard``: when it last said something, by the monotonic clock.
 
-    ``models``: what it holds, by model id. ``progress``: a mark that changes while its main thread gets on, ``moved``: when it last
-    did; ``waits``: that thread waits for other ranks.
+    ``models``: what it holds, by model id. ``rates``: operations a second of its device's matrix products, where it was asked.
+    ``progress``: a mark that changes while its main thread gets on, ``moved``: when it last did; ``waits``: that thread waits
+    for other ranks.
     """
 
     rank: int
@@ -47,6 +50,7 @@ class Member:
     heard: float = 0.0
     replies: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     models: dict[int, Held] = field(default_factory=dict)
+    rates: dict[torch.dtype, float] = field(default_factory=dict)
     progress: Any = None
     moved: float = 0.0
     waits: bool = False

@@ -49,6 +49,9 @@ class Host(Protocol):
     def free_memory(self, device: torch.device) -> int:
         """Bytes that could be allocated on ``device``."""
 
+    def matrix_rate(self, device: torch.device, dtype: str) -> float:
+        """Operations a second of ``device``'s matrix products."""
+
     def begin(self, model: Any, run: dict[str, Any]) -> Any:
         """A runner for one sampling run."""
 
@@ -229,6 +232,9 @@ class Worker:
 
     def on_measure(self, _payload: Any) -> None:
         measure(self.comm, self.device)
+
+    def on_rate(self, dtype: str) -> None:
+        self.channel.tell("rate", self.host.matrix_rate(self.device, dtype))
 
     def on_begin(self, run: dict[str, Any]) -> None:
         self._models[run["model"]] = self._models.pop(run["model"])  # the most recently used one is the last

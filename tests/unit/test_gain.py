@@ -35,6 +35,12 @@ def test_splitting_a_sequence_over_two_ranks_pays_where_the_link_is_fast_for_the
     assert (gain(work, Degrees(ulysses=2), rate, link) > WORTH) is pays
 
 
+@pytest.mark.parametrize(("slowest", "pays"), [(1.6e14, True), (1.2e14, True), (5e13, False)])
+def test_splitting_with_a_slower_card_pays_while_its_share_takes_it_less_than_the_whole(slowest, pays):
+    """All wait for it: shares are even."""
+    assert (gain(FLUX, Degrees(ulysses=2), ADA, PCIE, slowest) > WORTH) is pays
+
+
 def test_sharing_the_batch_exchanges_nothing():
     assert gain(WAN, Degrees(batch=2), H100, SLOW) == pytest.approx(2.0)
     assert gain(Work(3, 100, 10, 2, 1000), Degrees(batch=2), H100, SLOW) == pytest.approx(1.5)

@@ -34,6 +34,9 @@ class FakeHost:
     def free_memory(self, device: torch.device) -> int:
         return self.total - GIB * len(self.worker._models)
 
+    def matrix_rate(self, device: torch.device, dtype: str) -> float:
+        return {"bfloat16": 7e14}[dtype]
+
     def begin(self, model: Any, run: dict) -> Any:
         return None
 
@@ -90,6 +93,11 @@ def test_a_model_too_large_for_the_device_drops_all_others_and_is_tried(worker):
     worker.host.total = GIB // 2
     assert load(worker, 2) == [1]
     assert list(worker._models) == [2]
+
+
+def test_it_says_how_fast_its_device_is(worker):
+    worker.on_rate("bfloat16")
+    assert worker.channel.told == [("rate", 7e14)]
 
 
 def test_a_failure_that_nobody_hears_of_any_more_ends_the_process_at_once(worker):
