@@ -76,16 +76,21 @@ class Split:
 
     def prepare(self, executor, *args, **kwargs):
         """PREPARE_SAMPLING wrapper: once ComfyUI has loaded the model, the group gets it too."""
-        session = self.session
         self._estimate = Estimate(args, self.part)
         result = executor(*args, **kwargs)
         self._estimate.others = result[2]
+        with comfy.model_management.cuda_device_context(self.session.patcher.load_device):  # as around sampling, which comes later
+            self._share_model(args)
+        return result
+
+    def _share_model(self, args: tuple) -> None:
+        session = self.session
         try:
             self.group.form(session.patcher.load_device, self.devices)
             if session.parallel is not None and session.parallel.careful and (reason := self._loses(args[1])):
                 session.notes.say(reason)
                 self.make_room()
-                return result
+                return
             assert session.runner is not None
             session.runner.override.ways.machine = self._machine()
             self.group.measure(session.meter.exchanged)
@@ -102,7 +107,6 @@ class Split:
         except (GroupError, RankLost, Unshareable, Untransportable) as error:
             session.notes.say(f"This run stays on one GPU, because {error}.")
             self.make_room()
-        return result
 
     def part(self, shape: Sequence[int]) -> float:
         """The part of a whole step's memory that a card of this run needs for latents of ``shape`` (B, C, ...), at most.

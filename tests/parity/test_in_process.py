@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -271,3 +273,26 @@ def test_lora_strength_changes_the_result_as_stock_does_and_sends_patches_only(r
     patches = counts["patches"]
     run(load(kind), job, Parallel(ranks))
     assert (counts["models"], counts["patches"]) == (models, patches), "an unchanged model sends nothing"
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_weights_are_sent_while_the_model_s_device_is_the_current_one(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may be on another card than the process's first, and kernels that patch or quantise weights run on the current one."""
+    import comfy.model_management
+
+    from para_core.comfy import sidecars
+
+    current: list[torch.device] = []
+    seen: list[list[torch.device]] = []
+    sent = sidecars.load
+
+    @contextmanager
+    def context(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(comfy.model_management, "cuda_device_context", context)
+    monkeypatch.setattr(sidecars, "load", lambda patcher, *rest: (seen.append([*current]), sent(patcher, *rest)))
+    run(load("flux"), Job("flux", steps=1), Parallel(ranks))
+    assert seen == [[torch.device("cpu")]]
