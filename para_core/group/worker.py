@@ -227,6 +227,10 @@ class Worker:
     def on_drop(self, model: int) -> None:
         self._models.pop(model, None)
         gc.collect()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Memory that nothing holds any more, to whoever else wants it."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -258,8 +262,10 @@ class Worker:
             comm.shift(result.contiguous(), 0, result.new_empty(0), 0)()
 
     def on_end(self, _payload: Any) -> None:
+        """A run is over: weights stay, what it computed in does not, of which torch would keep more with every new size."""
         self._attending.clear()
         self._drop_runner()
+        self._give_back()
 
     def _check(self) -> None:
         if self._ended >= self._epoch:

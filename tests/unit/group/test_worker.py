@@ -95,6 +95,17 @@ def test_a_model_too_large_for_the_device_drops_all_others_and_is_tried(worker):
     assert list(worker._models) == [2]
 
 
+@pytest.mark.parametrize(("kind", "payload"), [("end", None), ("drop", 1)])
+def test_memory_goes_back_with_a_run_and_with_a_model(worker, monkeypatch, kind, payload):
+    """Else torch keeps what it computed in, and more of it with every new size."""
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(worker._runner is None))
+    load(worker, 1)
+    worker.device, worker._runner, worker.host.end = torch.device("cuda", 1), object(), lambda runner: None
+    getattr(worker, f"on_{kind}")(payload)
+    assert emptied == [kind == "end"]
+
+
 def test_it_says_how_fast_its_device_is(worker):
     worker.on_rate("bfloat16")
     assert worker.channel.told == [("rate", 7e14)]
