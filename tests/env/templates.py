@@ -23,6 +23,7 @@ Schema = Callable[[str], dict[str, Any]]  # node class -> its entry of /object_i
 # template: the case of tests/families/stock.py that stands for its model
 CASES = {
     "flux": "flux",
+    "accelerate_flux": "flux",
     "hunyuan_video": "hunyuan video",
     "mochi": "mochi",
     "cogvideox": "cogvideox",
@@ -38,6 +39,9 @@ CASES = {
     "hidream": "hidream",
     "cosmos_predict2": "cosmos predict2",
     "chroma": "chroma",
+    "kandinsky_5": "kandinsky 5",
+    "omnigen2": "omnigen2",
+    "krea_2": "krea 2",
 }
 
 
@@ -89,6 +93,8 @@ def tiny(name: str, schema: Schema, *, gpus: int) -> Graph:
             graph[number] = {"class_type": "TestLatent", "inputs": {"batch_size": 1, **(audio or picture)}}
         elif kind == "ParaParallel":
             inputs["gpus"] = gpus
+        elif kind == "ParaAccelerate":
+            inputs |= {"gpus": gpus, "cache": "off"}
         elif kind == "ParaFirstBlockCache":
             inputs["threshold"] = 1e-9  # enabled, and never hitting
         inputs |= {entry: SMALL[entry] for entry in SMALL.keys() & inputs.keys() if not isinstance(inputs[entry], list)}
@@ -113,9 +119,10 @@ def negatives(graph: Graph) -> set[str]:
 def without_ours(graph: Graph) -> None:
     """Bypass our nodes, as Ctrl+B does."""
     for number in [number for number, node in graph.items() if node["class_type"].startswith("Para")]:
-        model = graph.pop(number)["inputs"]["model"]
+        inputs = graph.pop(number)["inputs"]
+        source = inputs["samples" if "samples" in inputs else "model"]
         for node in graph.values():
-            node["inputs"] = {name: model if value == [number, 0] else value for name, value in node["inputs"].items()}
+            node["inputs"] = {name: source if value == [number, 0] else value for name, value in node["inputs"].items()}
 
 
 def needed(graph: Graph, ends: list[str]) -> Graph:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cases import CASES, UNCUT
-from .tiny import ltx, noise
+from .tiny import kandinsky, ltx, noise
 
 POOLED = {"pooled_output": noise(1, 24, seed=3)}
 
@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "omnigen2": ("Omnigen2", {"attention_mask": torch.ones(1, 11).long()}),
     "cosmos predict2": ("CosmosT2IPredict2", {}),
     "krea 2": ("Krea2", {}),
+    "kandinsky 5": ("Kandinsky5", {"pooled_output": noise(1, 24, seed=3)}),
     "unet": ("SDXL", POOLED),
     "aura": ("AuraFlow", {}),
     "ernie": ("ErnieImage", {}),
@@ -41,7 +42,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # as many channels as ComfyUI's latents of the family have
-BUILDERS = {**CASES, **UNCUT, "ltx video": lambda: ltx.ltxv(channels=128), "ltx 2": lambda: ltx.ltxav(channels=128)}
+BUILDERS = {
+    **CASES,
+    **UNCUT,
+    "ltx video": lambda: ltx.ltxv(channels=128),
+    "ltx 2": lambda: ltx.ltxav(channels=128),
+    "kandinsky 5": lambda: kandinsky.kandinsky(channels=33),
+}
 
 
 def patcher(name: str) -> tuple[Any, dict[str, Any]]:

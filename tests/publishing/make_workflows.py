@@ -47,7 +47,7 @@ class Recipe:
 
     def __init__(self, name: str, info: dict[str, Any], title: str, *, press: str = "", cache: float = 0.08, video: bool = False):
         self.sheet, self.title, self.press, self.video = Sheet(name, info), title, press, video
-        self.threshold = cache
+        self.threshold, self.alone = cache, False
         self.sheet.note("", 560)
 
     def accelerated(self, model: list) -> list:
@@ -55,6 +55,12 @@ class Recipe:
         model = self.sheet.add("ParaParallel", 1, model=model)
         model = self.sheet.add("ParaAttention", 2, model=model)
         return self.sheet.add("ParaFirstBlockCache", 2, model=model, threshold=self.threshold)
+
+    def one(self, model: list) -> list:
+        """The one node for most people, in the group's frame."""
+        self.sheet.framed = "ParaDiT: bypass this one to compare with a stock run"
+        self.alone = True
+        return self.sheet.add("ParaAccelerate", 1, model=model)
 
     def model(self, file: File, shift: tuple[str, dict[str, float]] | None = None) -> list:
         model = self.sheet.add("UNETLoader", 0, unet_name=file)
@@ -73,8 +79,12 @@ class Recipe:
         links = {"model": model, "positive": prompts[0], "negative": prompts[1], "latent_image": latent}
         return self.sheet.add("KSampler", 3, **links, seed=20261, steps=steps, cfg=cfg, sampler_name=sampler, scheduler=scheduler)
 
-    def result(self, latent: list, vae: list, *, fps: float = 0.0, audio: Callable[[], list] | None = None, column: int = 3) -> str:
-        """Decode and save; the finished file's text."""
+    def result(
+        self, latent: list, vae: list, *, fps: float = 0.0, audio: Callable[[], list] | None = None, column: int = 3, report: bool = False
+    ) -> str:
+        """Decode and save, with a report if wanted; the finished file's text."""
+        if report:
+            latent = self.sheet.add("ParaReport", column + 1, True, wide=460, samples=latent)
         images = self.sheet.add("VAEDecode", column, True, samples=latent, vae=vae)
         prefix = f"paradit/{self.sheet.name}"
         if fps:
@@ -83,21 +93,53 @@ class Recipe:
             self.sheet.add("SaveVideo", column + 1, wide=460, video=made, filename_prefix=f"video/{prefix}")
         else:
             self.sheet.add("SaveImage", column + 1, wide=460, images=images, filename_prefix=prefix)
-        self.sheet.nodes[0]["widgets_values"] = [self._note()]
+        self.sheet.nodes[0]["widgets_values"] = [self._note_of_one() if self.alone else self._note()]
         return self.sheet.text()
 
-    def _note(self) -> str:
+    def _head(self) -> str:
         files = "\n".join(file.line for file in self.sheet.files.values())
-        wanted = "the motion" if self.video else "the picture"
+        return f"# {self.title} with ParaDiT\n\n**Load** (put the files in these folders, then press R to refresh the lists)\n{files}\n\n"
+
+    def _note_of_one(self) -> str:
         return (
-            f"# {self.title} with ParaDiT\n\n"
-            f"**Load** (put the files in these folders, then press R to refresh the lists)\n{files}\n\n"
+            f"{self._head()}"
+            f"**Press** Run. {self.press}The green nodes are all that was added to a stock graph.\n\n"
+            "**Accelerate Sampling** sets everything for this machine: how many GPUs work on a step, the attention kernel, "
+            "how many steps are reused, whether blocks are compiled. The first run takes longer where blocks are compiled. "
+            "In your own graphs, put it between the model (after its LoRAs) and the sampler.\n\n"
+            "**cache** is the choice that changes the picture: `quality` skips few steps, `fast` many, `off` none.\n\n"
+            "**Sampling Report** says what the run did: seconds of every step, GPUs, kernels, cached steps, and what was fallen back from.\n\n"
+            "To compare, select *Accelerate Sampling*, press Ctrl+B (bypass) and run again with the seed set to *fixed*."
+        )
+
+    def _note(self) -> str:
+        wanted = "the motion" if self.video else "the picture"
+        cache = f"a careful threshold to begin with. Raise it while you like {wanted}; 0 turns it off."
+        if not self.threshold:
+            cache = "off (threshold 0), because a distilled model needs each of its few steps."
+        return (
+            f"{self._head()}"
             f"**Press** Run. {self.press}The three green nodes are all that was added to a stock graph.\n\n"
             "**Split Steps Across GPUs**: 0 uses every visible GPU. With one GPU the node does nothing, and the rest works as it is.\n\n"
             "**Attention Backend**: `auto` takes the fastest kernel that is installed; `exact` leaves out those that quantise.\n\n"
-            f"**First Block Cache**: a careful threshold to begin with. Raise it while you like {wanted}; 0 turns it off.\n\n"
+            f"**First Block Cache**: {cache}\n\n"
             "To compare, select the three green nodes, press Ctrl+B (bypass) and run again with the seed set to *fixed*."
         )
+
+
+def accelerate_flux(name: str, info: dict) -> str:
+    make = Recipe(name, info, "FLUX.1 [dev], Accelerate Sampling")
+    file = diffusion("Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors")
+    model = make.one(make.sheet.add("UNETLoader", 0, unet_name=file))
+    clip = make.sheet.add(
+        "DualCLIPLoader", 0, True, clip_name1=File(f"{FLUX_TEXT}/clip_l.safetensors", "text_encoders"), clip_name2=T5, type="flux"
+    )
+    vae = make.sheet.add("VAELoader", 0, True, vae_name=AE)
+    positive, negative = make.prompts(clip, KITCHEN, None)
+    positive = make.sheet.add("FluxGuidance", 2, True, conditioning=positive, guidance=3.5)
+    latent = make.sheet.add("EmptySD3LatentImage", 2, True, width=1024, height=1024)
+    sampled = make.sample(model, [positive, negative], latent, 28, 1.0, "euler", "simple")
+    return make.result(sampled, vae, report=True)
 
 
 def hunyuan_video(name: str, info: dict) -> str:
@@ -306,9 +348,48 @@ def chroma(name: str, info: dict) -> str:
     return make.result(make.sample(model, prompts, latent, 30, 3.8, "euler", "beta"), vae)
 
 
+def kandinsky_5(name: str, info: dict) -> str:
+    hub = "Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files"
+    make = Recipe(name, info, "Kandinsky 5 lite text to video", cache=0.05, video=True)
+    file = diffusion("kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s/resolve/main/model/kandinsky5lite_t2v_sft_5s.safetensors")
+    model = make.model(file, ("ModelSamplingSD3", {"shift": 5.0}))
+    texts = {"clip_name1": encoder(f"{hub}/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors")}
+    texts["clip_name2"] = File(f"{FLUX_TEXT}/clip_l.safetensors", "text_encoders")
+    clip = make.sheet.add("DualCLIPLoader", 0, True, **texts, type="kandinsky5")
+    file = decoder("Comfy-Org/HunyuanVideo_repackaged/resolve/main/split_files/vae/hunyuan_video_vae_bf16.safetensors")
+    vae = make.sheet.add("VAELoader", 0, True, vae_name=file)
+    prompts = make.prompts(clip, FOX, POOR_VIDEO)
+    latent = make.sheet.add("EmptyHunyuanLatentVideo", 2, True, width=768, height=512, length=121)
+    return make.result(make.sample(model, prompts, latent, 50, 5.0, "euler_ancestral", "beta"), vae, fps=24.0)
+
+
+def omnigen2(name: str, info: dict) -> str:
+    hub = "Comfy-Org/Omnigen2_ComfyUI_repackaged/resolve/main/split_files"
+    make = Recipe(name, info, "OmniGen2 text to image")
+    model = make.model(diffusion(f"{hub}/diffusion_models/omnigen2_fp16.safetensors"))
+    clip = make.sheet.add(
+        "CLIPLoader", 0, True, clip_name=encoder(f"{hub}/text_encoders/qwen_2.5_vl_fp16.safetensors"), type="omnigen2"
+    )
+    vae = make.sheet.add("VAELoader", 0, True, vae_name=AE)
+    prompts = make.prompts(clip, KITCHEN, POOR)
+    latent = make.sheet.add("EmptySD3LatentImage", 2, True, width=1024, height=1024)
+    return make.result(make.sample(model, prompts, latent, 20, 5.0, "euler", "simple"), vae)
+
+
+def krea_2(name: str, info: dict) -> str:
+    hub = "Comfy-Org/Krea-2/resolve/main"
+    make = Recipe(name, info, "Krea 2 Turbo", cache=0.0)
+    model = make.model(diffusion(f"{hub}/diffusion_models/krea2_turbo_fp8_scaled.safetensors"))
+    clip = make.sheet.add("CLIPLoader", 0, True, clip_name=encoder(f"{hub}/text_encoders/qwen3vl_4b_fp8_scaled.safetensors"), type="krea2")
+    vae = make.sheet.add("VAELoader", 0, True, vae_name=decoder(f"{hub}/vae/qwen_image_vae.safetensors"))
+    prompts = make.prompts(clip, HARBOUR, None)
+    latent = make.sheet.add("EmptySD3LatentImage", 2, True, width=1024, height=1024)
+    return make.result(make.sample(model, prompts, latent, 8, 1.0, "euler", "simple"), vae)
+
+
 RECIPES: tuple[Callable[[str, dict], str], ...] = (
     *(hunyuan_video, mochi, cogvideox, minimax_h3, qwen_image, qwen_image_edit, ltx_video, ltx_2),
-    *(sd3_5, lumina_2, z_image, hidream, cosmos_predict2, chroma),
+    *(sd3_5, lumina_2, z_image, hidream, cosmos_predict2, chroma, kandinsky_5, omnigen2, krea_2, accelerate_flux),
 )
 
 

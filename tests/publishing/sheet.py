@@ -39,6 +39,7 @@ class Sheet:
         self.nodes: list[dict[str, Any]] = []
         self.links: list[list[Any]] = []
         self.files: dict[str, File] = {}
+        self.framed = "ParaDiT: bypass these three to compare with a stock run"
         self._free: dict[tuple[int, bool], int] = {}
 
     def add(self, kind: str, column: int, lower: bool = False, *, title: str = "", wide: int = 300, **values: Any) -> list[Any]:
@@ -92,7 +93,7 @@ class Sheet:
 
     def text(self) -> str:
         """The file's text: a node and a link a line."""
-        group = {"id": 1, "title": "ParaDiT: bypass these three to compare with a stock run", "bounding": [340, -80, 680, 450]}
+        group = {"id": 1, "title": self.framed, "bounding": [340, -80, 680, 450]}
         group |= {"color": "#3f789e", "font_size": 24, "flags": {}}
 
         def lines(items: list) -> str:

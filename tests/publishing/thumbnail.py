@@ -14,6 +14,8 @@ TITLES = {
     "CheckpointLoaderSimple": "Load Checkpoint",
     "CLIPTextEncode": "CLIP Text Encode",
     "VAELoader": "Load VAE",
+    "ParaAccelerate": "Accelerate Sampling",
+    "ParaReport": "Sampling Report",
     "ParaParallel": "Split Steps Across GPUs",
     "ParaAttention": "Attention Backend",
     "ParaFirstBlockCache": "First Block Cache",

@@ -7,7 +7,8 @@ from typing import Any
 from .common import WIDTH, Tiny, built, given, noise, seeded
 
 
-def kandinsky(**extra: Any) -> Tiny:
+def kandinsky(channels: int = 16, **extra: Any) -> Tiny:
+    """channels: 33 for video under ComfyUI, which adds a clean clip and a mask to the latents."""
     from comfy.ldm.kandinsky5.model import Kandinsky5
 
     model = built(
@@ -17,7 +18,7 @@ def kandinsky(**extra: Any) -> Tiny:
         time_dim=32,
         model_dim=WIDTH,
         ff_dim=64,
-        visual_embed_dim=64,
+        visual_embed_dim=4 * channels,
         num_text_blocks=1,
         num_visual_blocks=3,
         axes_dims=(4, 6, 6),
