@@ -108,7 +108,7 @@ class Recipe:
             "how many steps are reused, whether blocks are compiled. The first run takes longer where blocks are compiled. "
             "In your own graphs, put it between the model (after its LoRAs) and the sampler.\n\n"
             "**cache** is the choice that changes the picture: `quality` skips few steps, `fast` many, `off` none.\n\n"
-            "**Sampling Report** says what the run did: seconds of every step, GPUs, kernels, cached steps, and what was fallen back from.\n\n"
+            "**Sampling Report** says what the run did: seconds of every step, GPUs, kernels, cached steps, fallbacks and why.\n\n"
             "To compare, select *Accelerate Sampling*, press Ctrl+B (bypass) and run again with the seed set to *fixed*."
         )
 
