@@ -162,23 +162,22 @@ class FirstBlockCache:
             for chunk in step.chunks:
                 history = self._entry(chunk.key, step.order).rest[index]
                 if rest is None:
-                    part = self._rows(first, chunk)
-                    part += history.predict(step.sigma)
+                    torch.add(self._rows(first, chunk), history.predict(step.sigma), out=self._rows(stream, chunk))
                 else:
                     history.add(step.sigma, self._rows(rest, chunk))
-            if rest is None:
-                stream.copy_(first)
 
     def _rows(self, tensor: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """A view of one condition's rows."""
         return tensor if self._batch is None else tensor.narrow(self._batch, chunk.start, chunk.stop - chunk.start)
 
     def _later_block(self, spec: Blocks, original: Callable, names: list[str], last: bool) -> Callable:
+        hand_on = handing_on(spec, names)
+
         def forward(*args, **kwargs):
             step, running = self.step, self.hooks.forward
             if step is None or running is None:
                 return original(*args, **kwargs)
-            output = self._hand_on(spec, Arguments(names, args, kwargs)) if self.hit else original(*args, **kwargs)
+            output = hand_on(args, kwargs) if self.hit else original(*args, **kwargs)
             if last and self.tap is not None:
                 self.tap.after_last(self._streams(spec, output, running.cut))
             elif last and self._first is not None:  # None where a patch skips the first block
@@ -200,39 +199,56 @@ class FirstBlockCache:
         return all(old.shape == self._rows(new, chunk).shape for old, new in zip(entry.first, residuals, strict=True))
 
     def _decide(self, step: Step, residuals: list[torch.Tensor]) -> bool:
-        """Reduce the sums over all ranks once; rank 0 decides and all follow."""
+        """Reduce the sums over all ranks once; rank 0 reads them, decides, and all follow."""
+        if not step.compare:
+            return self._cold(step)
         comm = self.comm or SOLO
-        device = residuals[0].device
-        sums = torch.zeros(step.count, 3, dtype=torch.float64, device=device)  # difference, size, ranks that know too little
-        for chunk in step.chunks if step.compare else ():
-            if not self._complete(chunk, residuals):
-                sums[chunk.index, 2] = 1
-                continue
-            for previous, residual in zip(self._entries[chunk.key].first, residuals, strict=True):
-                sums[chunk.index, 0] += (previous - self._rows(residual, chunk)).abs().sum(dtype=torch.float32)
-                sums[chunk.index, 1] += previous.abs().sum(dtype=torch.float32)
-        if step.compare:
-            comm.all_reduce(sums)
-            comm.settle()
-        if not step.compare or sums[:, 2].any():
-            for chunk in step.chunks:
-                self._entries.pop(chunk.key, None)
-            return False
-        verdict = torch.zeros(1 + step.count, dtype=torch.float64, device=device)
+        sums = self._sums(step, residuals)
+        comm.all_reduce(sums)
+        comm.settle()
+        known, hit, changes = False, False, [0.0] * step.count
         if comm.rank == 0:
-            changes = [change(*pair) for pair in sums[:, :2].tolist()]
-            hit = step.may_hit and decide(changes, step.threshold)
-            verdict = verdict.new_tensor([float(hit), *changes])
-        comm.broadcast(verdict)
-        hit, *found = verdict.tolist()
-        self.changes = tuple(found)
+            rows = sums.tolist()
+            known = not any(unknown for *_, unknown in rows)
+            changes = [change(*pair) for *pair, _ in rows]
+            hit = known and step.may_hit and decide(changes, step.threshold)
+        if comm.size > 1:
+            verdict = sums.new_tensor([float(known), float(hit), *changes])
+            comm.broadcast(verdict)
+            known, hit, *changes = verdict.tolist()
+        if not known:
+            return self._cold(step)
+        self.changes = tuple(changes)
         return bool(hit)
 
-    @staticmethod
-    def _hand_on(spec: Blocks, block: Arguments):
-        """A skipped block's output: its own tokens."""
-        held: dict[tuple[str, ...], torch.Tensor] = {}
-        for _, _, segments, tensor in tokens(spec, block):
-            held.setdefault(segments, tensor)
-        outputs = [held[segments] for segments in spec.returns]
+    def _sums(self, step: Step, residuals: list[torch.Tensor]) -> torch.Tensor:
+        """Of this rank's rows, by condition, float64 (count, 3): difference, size, and how many ranks know too little."""
+        sums = torch.zeros(step.count, 3, dtype=torch.float64, device=residuals[0].device)
+        for chunk in step.chunks:
+            row = sums[chunk.index]
+            if not self._complete(chunk, residuals):
+                row[2] = 1
+                continue
+            for previous, residual in zip(self._entries[chunk.key].first, residuals, strict=True):
+                parts = (previous - self._rows(residual, chunk), previous)
+                row[:2].add_(torch.stack([part.abs().sum(dtype=torch.float32) for part in parts]))
+        return sums
+
+    def _cold(self, step: Step) -> bool:
+        """No hit, and nothing that is known of the step's conditions can be compared with."""
+        for chunk in step.chunks:
+            self._entries.pop(chunk.key, None)
+        return False
+
+
+def handing_on(spec: Blocks, names: list[str]) -> Callable[[tuple, dict], torch.Tensor | tuple[torch.Tensor, ...]]:
+    """A skipped block's output from its arguments: its own tokens. Called many times a step, so it looks up nothing twice."""
+    held = {segments: (name, index) for name, index, segments in reversed(spec.held)}  # the first argument that holds them
+    places = [held[segments] for segments in spec.returns]
+
+    def hand_on(args: tuple, kwargs: dict):
+        block = Arguments(names, args, kwargs)
+        outputs = [block.get(name) if index is None else block.get(name)[index] for name, index in places]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    return hand_on

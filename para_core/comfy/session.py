@@ -154,6 +154,7 @@ class Session:
                 compiled=self._compiles(),
                 stock=optimized_attention,
                 foreign=bool(self.foreign),
+                shared=bool(devices),
             )
         except PlanError as error:
             self.notes.say(f"{error}. It runs as ComfyUI runs it, on one GPU.")

@@ -104,7 +104,8 @@ class KernelBroken(RuntimeError):
 class Runner:
     """Hooks, attention override, cache and execution of one model for one sampling run.
 
-    ``run`` is for one forward at a time. Raises PlanError when the model does not look as its plan expects.
+    ``run`` is for one forward at a time. shared: False where each runs on this rank alone.
+    Raises PlanError when the model does not look as its plan expects.
     """
 
     def __init__(
@@ -117,8 +118,9 @@ class Runner:
         compiled: bool = False,
         stock: Callable | None = None,
         foreign: bool = False,
+        shared: bool = True,
     ):
-        self.hooks = Hooks(plan, model, crossing=foreign)
+        self.hooks = Hooks(plan, model, crossing=foreign, shared=shared)
         self.override = AttentionOverride(chooser, self.hooks, stock, foreign=foreign, compiled=compiled)
         self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE, chooser.say) if compiled else None
         self.cache = FirstBlockCache(self.hooks) if cached else None

@@ -106,10 +106,11 @@ class Hooks:
 
     stacks: the block lists that the tokens go through, in order; sides: lists that run between their blocks.
     crossing: say of attention to what every rank has whole where it happens (``Forward.crossing``).
+    shared: False where every forward runs on one rank, which needs hooks on the first and the last block only.
     Raises PlanError when the model does not look as the plan expects.
     """
 
-    def __init__(self, plan: Plan, model: torch.nn.Module, *, crossing: bool = False):
+    def __init__(self, plan: Plan, model: torch.nn.Module, *, crossing: bool = False, shared: bool = True):
         self.plan = plan
         self.forward: Forward | None = None
         found = check(plan, model)
@@ -121,6 +122,8 @@ class Hooks:
         self._submodules: list = []
         for spec, blocks in found:
             for block in blocks:
+                if not shared and block is not self.first and block is not self.last:
+                    continue
                 names = parameters(spec, block)
                 self._handles.append(block.register_forward_pre_hook(self._before(spec, names, block), with_kwargs=True))
                 self._handles.append(block.register_forward_hook(self._after(spec, block)))
