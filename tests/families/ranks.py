@@ -110,7 +110,7 @@ def shared(
         first = rank % size == 0
         foreign = previous is not None and plan.gatherable and size > 1
         chooser = Chooser(None, previous if first or not foreign else None)
-        runner = Runner(plan, mine, chooser, cached=thresholds is not None, foreign=foreign)
+        runner = Runner(plan, mine, chooser, cached=thresholds is not None, foreign=foreign, shared=world > 1)
         if compiled is not None:
             runner.override.stock = optimized_attention
             runner.compiled = CompiledBlocks(runner.hooks, runner.override, OVERRIDE, said.append, backend=compiled)
