@@ -156,9 +156,13 @@ class Split:
         if gain.unlike([device, *map(torch.device, self.devices)]):
             slowest = min(rate, self.group.slowest(dtype))
         work, degrees = gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens, options=options)
-        times = gain.gain(work, degrees, rate, self.group.link(), slowest)
-        if times > gain.WORTH:
+        figures = work, degrees, rate, self.group.link(), slowest
+        compiled = self.session.runner is not None and self.session.runner.compiled is not None
+        launching = 0.0 if self.session.graph(options) else gain.COMPILED if compiled else gain.EAGER
+        if gain.gain(*figures, launching=launching) > gain.WORTH:
             return ""
+        if (times := gain.gain(*figures)) > gain.WORTH:
+            return "This run is not split: the GPUs would wait for the processor, which launches a step no faster for several of them."
         slow = f" with a GPU of {slowest / rate:.0%} of the first one's speed" if slowest < gain.UNEQUAL * rate else ""
         return f"This run is not split:{slow} on this link between the GPUs a step would take {1 / times:.2g} times as long."
 

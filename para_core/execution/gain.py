@@ -21,6 +21,9 @@ EFFICIENCY = 0.6
 """Share of the matrix rate that a whole forward reaches (FLUX.1-dev 1024², H100, bf16: 74 TFLOP in 180 ms at 700 TFLOP/s)."""
 WORTH = 1.05
 """Least forecast gain for which a run is split."""
+EAGER, COMPILED = 1.2e-3, 4e-4
+"""Seconds that the processor needs to launch a block, which more ranks do not shorten (FLUX.1-dev eager beside an H100: 70 ms for
+57 blocks; compiled: an estimate). A CUDA graph needs none."""
 UNEQUAL = 0.9
 """Speed of another GPU over the first one's, below which it is named where it is in the way."""
 LAUNCH = 5e-6
@@ -65,22 +68,24 @@ def work_of(plan: Plan, model: torch.nn.Module, rows: int, tokens: int) -> Work:
     return Work(rows, tokens, statistics.mode(widths), sum(len(blocks) for _, blocks in stacks), parameters)
 
 
-def seconds(work: Work, degrees: Degrees, rate: float, link: Link | None = None) -> float:
-    """Forecast of a step on ``degrees``; ``rate``: operations a second of one rank's matrices."""
+def seconds(work: Work, degrees: Degrees, rate: float, link: Link | None = None, launching: float = 0.0) -> float:
+    """Forecast of a step on ``degrees``; ``rate``: operations a second of one rank's matrices; ``launching``: seconds a block."""
     rows, ranks = -(-work.rows // degrees.batch), degrees.sequence
     compute = rows * work.operations / (EFFICIENCY * rate) / ranks
     if ranks == 1 or link is None:
-        return compute
+        return max(compute, work.layers * launching)
     tensor = rows * work.tokens * work.width * work.itemsize
     ulysses, ring = degrees.ulysses, degrees.ring
     sent = 4 * tensor / ring * (ulysses - 1) / ulysses**2 + 2 * tensor / ranks * (ring - 1)
     collectives = 2 * (ulysses > 1) + (ring - 1)
-    return compute + work.layers * (sent / link.rate + collectives * link.latency)
+    on_device = compute + work.layers * (sent / link.rate + collectives * link.latency)
+    launched = launching + PART_LAUNCHES * LAUNCH + collectives * link.latency if launching else 0.0
+    return max(on_device, work.layers * launched)
 
 
-def gain(work: Work, degrees: Degrees, rate: float, link: Link, slowest: float | None = None) -> float:
+def gain(work: Work, degrees: Degrees, rate: float, link: Link, slowest: float | None = None, *, launching: float = 0.0) -> float:
     """How many times faster a step on ``degrees`` should be than on one rank. ``slowest``: rate of the rank that all wait for."""
-    return seconds(work, Degrees(), rate) / seconds(work, degrees, slowest or rate, link)
+    return seconds(work, Degrees(), rate, launching=launching) / seconds(work, degrees, slowest or rate, link, launching)
 
 
 def unlike(devices: Sequence[torch.device]) -> bool:

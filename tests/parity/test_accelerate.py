@@ -133,6 +133,18 @@ def test_a_run_is_split_if_the_measured_link_is_fast_for_the_processor(comfy, mo
     assert any("times as long" in note for note in report["notes"]) is (ranks == 1)
 
 
+def test_a_run_is_not_split_where_launching_takes_longer_than_computing(comfy, monkeypatch):
+    from para_core.comfy import split
+    from para_core.execution import gain
+    from para_core.settings import Accelerate
+
+    monkeypatch.setattr(gain, "matrix_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(gain, "EAGER", 100.0)
+    monkeypatch.setattr(split, "processors_of_their_own", lambda device: True)
+    _, report = inprocess.run(inprocess.load("flux"), JOB, Accelerate(gpus=2, cache="off"))
+    assert report["ranks"] == 1 and any("wait for the processor" in note for note in report["notes"])
+
+
 def test_a_run_is_not_split_with_a_card_for_which_the_others_would_wait(comfy, monkeypatch):
     import torch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from para_core.execution.gain import WORTH, Work, gain, seconds
+from para_core.execution.gain import EAGER, WORTH, Work, gain, seconds
 from para_core.sequence.mesh import Degrees, Link
 
 FLUX = Work(1, 4608, 3072, 57, 8_600_000_000)
@@ -39,6 +39,20 @@ def test_splitting_a_sequence_over_two_ranks_pays_where_the_link_is_fast_for_the
 def test_splitting_with_a_slower_card_pays_while_its_share_takes_it_less_than_the_whole(slowest, pays):
     """All wait for it: shares are even."""
     assert (gain(FLUX, Degrees(ulysses=2), ADA, PCIE, slowest) > WORTH) is pays
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rate", "link", "launching", "pays"),
+    [
+        (1024, H100, NVLINK, EAGER, False),  # 512 x 512: one GPU waits for the processor already
+        (1024, H100, NVLINK, 0.0, True),
+        (4608, H100, NVLINK, EAGER, True),
+        (1024, ADA, PCIE, EAGER, True),
+    ],
+)
+def test_ranks_do_not_shorten_what_the_processor_takes_to_launch(tokens, rate, link, launching, pays):
+    work = Work(1, tokens, FLUX.width, FLUX.layers, FLUX.parameters)
+    assert (gain(work, Degrees(ulysses=2), rate, link, launching=launching) > WORTH) is pays
 
 
 def test_sharing_the_batch_exchanges_nothing():
