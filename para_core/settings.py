@@ -64,3 +64,9 @@ class Cache:
     max_consecutive_hits: int = -1
     predictor: str = "reuse"
     rule: str = "classic"
+
+    def never(self) -> str:
+        """Why there is no step that these settings allow to be skipped, though they do not turn the cache off; "" if there may be."""
+        if self.start_percent < self.end_percent:
+            return ""
+        return f"start_percent {self.start_percent:g} is not below end_percent {self.end_percent:g}"

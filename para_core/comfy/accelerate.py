@@ -30,6 +30,6 @@ def caching(preset: str, steps: int, say: Callable[[str], None]) -> Cache | None
     if preset == "off":
         return None
     if steps <= FEW_STEPS:
-        say(f"No step is cached: a run of {steps} steps needs each of them.")
+        say(f"No step is cached: in a run of {FEW_STEPS} steps or fewer each one counts, and this one has {steps}.")
         return None
     return PRESETS[preset]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import comfy.model_patcher
@@ -11,6 +12,13 @@ from ..settings import Accelerate, Attention, Cache, Compile, Parallel
 from .session import KEY, sample
 
 Settings = Accelerate | Parallel | Attention | Cache | Compile
+TITLES: dict[type, str] = {
+    Accelerate: "Accelerate Sampling",
+    Parallel: "Split Steps Across GPUs",
+    Attention: "Attention Backend",
+    Cache: "First Block Cache",
+    Compile: "Compile Blocks",
+}
 
 
 def attach(model: comfy.model_patcher.ModelPatcher, settings: Settings) -> comfy.model_patcher.ModelPatcher:
@@ -19,7 +27,8 @@ def attach(model: comfy.model_patcher.ModelPatcher, settings: Settings) -> comfy
     found: dict[str, Any] = dict(model.model_options.get(KEY, {}))
     kind = type(settings).__name__
     if kind in found and found[kind] != settings:
-        sentence = f"Two nodes set {kind} on this model: the later one wins, {settings}."
+        values = ", ".join(f"{name} {value!r}" for name, value in asdict(settings).items() if name != "careful")
+        sentence = f"Two nodes {TITLES[type(settings)]} are on this model with different settings: the later one wins ({values})."
         found["notes"] = list(dict.fromkeys([*found.get("notes", []), sentence]))  # said by the run, where it can be seen
     found[kind] = settings
     model.model_options[KEY] = found

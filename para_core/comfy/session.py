@@ -98,9 +98,8 @@ class Session:
         backend = self.attention.backend if self.attention else None
         self.chooser = chooser = Chooser(backend, previous, say=self.notes.say, timings=remembered(self.patcher.load_device))
         caching = self.caching is not None and self.caching.threshold > 0 and self.caching.max_consecutive_hits != 0
-        moving = windows.moving(self.options) if caching else ""
-        if moving:
-            self.notes.say(f"No step is cached: {moving}.")
+        if caching and self.caching is not None and (why := self.caching.never() or windows.moving(self.options)):
+            self.notes.say(f"No step is cached: {why}.")
             caching = False
         devices = sidecars.devices(self.parallel, self.patcher.load_device, self.notes.say) if self.parallel else []
         if devices:
@@ -140,10 +139,11 @@ class Session:
     def _install(self, chooser: Chooser, caching: bool, devices: list[str]) -> None:
         plan = plan_for(self.model)
         if plan is None:
-            self.notes.say(f"ParaDiT has no plan for {type(self.model).__name__} yet: it runs as ComfyUI runs it, on one GPU.")
+            self.notes.say(f"ParaDiT does not know the model {type(self.model).__name__}: it runs on one GPU, and its blocks as they are.")
             return
         if not plan.stacks and caching:
-            self.notes.say(f"No step is cached: ParaDiT has no plan for the blocks of {type(self.model).__name__}.")
+            name = type(self.model).__name__
+            self.notes.say(f"No step is cached: the rule classic does not know the blocks of {name}; forecast works with any model.")
             caching = False
         try:
             self.runner = Runner(
@@ -157,7 +157,7 @@ class Session:
                 shared=bool(devices),
             )
         except PlanError as error:
-            self.notes.say(f"{error}. It runs as ComfyUI runs it, on one GPU.")
+            self.notes.say(f"{error}: it runs on one GPU, and its blocks as they are.")
             return
         self._undo.append(self.runner.remove)
         if caching:
@@ -166,7 +166,7 @@ class Session:
         if devices:
             if not plan.stacks:
                 name = type(self.model).__name__
-                self.notes.say(f"{name} is not cut: prompts and images of a batch run on several GPUs, one image of one prompt on one.")
+                self.notes.say(f"Of {name}, prompts and images of a batch run on several GPUs; one image of one prompt runs on one.")
             if self.foreign:
                 self.notes.say(f"Attention is computed on the first GPU alone, by {self.foreign}: without that node all GPUs share it.")
             self.split = Split(self, plan, devices)

@@ -25,10 +25,10 @@ def choose(
     asked = (batch, ring, ulysses)
     notes = []
     if batch > rows:
-        notes.append(f"batch degree {batch} is more than the {rows} rows of the batch")
+        notes.append(f"batch degree {batch} is more than there are prompts and images in the batch ({rows})")
         batch = rows
     if ulysses > heads:
-        notes.append(f"ulysses degree {ulysses} is more than the {heads} attention heads")
+        notes.append(f"Ulysses degree {ulysses} is more than there are attention heads ({heads})")
         ulysses = heads
     if ring > 1 and not log_sum_exp:
         notes.append("the attention backend gives no log-sum-exp, which ring attention needs")
@@ -59,5 +59,7 @@ def choose(
         ring = left if log_sum_exp else 1
     degrees = Degrees(batch=batch, ring=ring, ulysses=ulysses)
     if notes and asked != (degrees.batch, degrees.ring, degrees.ulysses):
-        return degrees, f"{' and '.join(notes)}: running batch x ring x ulysses = {degrees.batch} x {degrees.ring} x {degrees.ulysses}"
+        why = " and ".join(notes)
+        running = f"{degrees.batch} x {degrees.ring} x {degrees.ulysses}"
+        return degrees, f"{why[0].upper()}{why[1:]}: running batch x ring x ulysses = {running}."
     return degrees, ""

@@ -81,7 +81,7 @@ def test_degrees_are_lowered_to_the_rows_there_are() -> None:
     with reports() as lines:
         result = sample(attached(model, Parallel(3)), "cosmos predict2", call, 1.0)
     (note,) = lines[0]["notes"]
-    assert "the shortest segment has only 2 tokens: running batch x ring x ulysses = 1 x 1 x 2" in note
+    assert "The shortest segment has only 2 tokens: running batch x ring x ulysses = 1 x 1 x 2" in note
     assert lines[0]["degrees"] == [1, 1, 2]
     assert error(result, expected) < 1e-5 * STEPS
 
@@ -104,8 +104,8 @@ def test_batch_rows_of_a_model_that_is_not_cut_run_on_several_ranks(name: str, b
     assert report["degrees"] == ([3, 1, 1] if "images" in batch else [2, 1, 1])
     kind = type(model.model.diffusion_model).__name__
     assert report["notes"] == [
-        f"No step is cached: ParaDiT has no plan for the blocks of {kind}.",
-        f"{kind} is not cut: prompts and images of a batch run on several GPUs, one image of one prompt on one.",
+        f"No step is cached: the rule classic does not know the blocks of {kind}; forecast works with any model.",
+        f"Of {kind}, prompts and images of a batch run on several GPUs; one image of one prompt runs on one.",
     ]
     assert error(result, expected) < 1e-5 * STEPS * 3
 
@@ -120,7 +120,7 @@ def test_one_image_of_one_prompt_is_not_cut_there() -> None:
 
 def test_any_other_model_runs_stock_and_a_sentence_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model, call = patcher("pixart")
-    sentence = "ParaDiT has no plan for PixArtMS yet: it runs as ComfyUI runs it, on one GPU."
+    sentence = "ParaDiT does not know the model PixArtMS: it runs on one GPU, and its blocks as they are."
     stock = sample(model, "pixart", call, 3.0, images=2)
     with caplog.at_level("WARNING", logger="paradit"):
         result = sample(attached(model, Parallel(2), Cache(0.5)), "pixart", call, 3.0, images=2)

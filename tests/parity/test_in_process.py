@@ -195,12 +195,12 @@ def test_run_over_processes_equals_stock(ranks: int, name: str) -> None:
 
 CLAMPED = {
     "2_more_than_there_are": (Job(), Parallel(2, ulysses_degree=3), [1, 1, 2], "1 x 1 x 3 ranks were asked for and there are 2"),
-    "2_batch_of_one_row": (Job(), Parallel(2, batch_degree=2), [1, 1, 2], "batch degree 2 is more than the 1 rows"),
-    "2_text_shorter_than_ranks": (Job(tokens=(1, 1)), Parallel(2), [1, 1, 1], "the shortest segment has only 1 tokens"),
+    "2_batch_of_one_row": (Job(), Parallel(2, batch_degree=2), [1, 1, 2], "Batch degree 2 is more than there are prompts and images"),
+    "2_text_shorter_than_ranks": (Job(tokens=(1, 1)), Parallel(2), [1, 1, 1], "The shortest segment has only 1 tokens"),
     "3_more_ranks_than_image_tokens": (Job(size=(2, 3)), Parallel(3, ring_degree=3), [1, 2, 1], "3 x 1 is more than the 2 tokens"),
-    "3_one_wan_token": (Job("wan", (1, 2, 2)), Parallel(3), [1, 1, 1], "the shortest segment has only 1 tokens"),
-    "4_more_than_heads": (Job(), Parallel(4, ulysses_degree=4), [1, 1, 3], "ulysses degree 4 is more than the 3 attention heads"),
-    "4_short_text_in_one_lane": (Job(cfg=5.0, tokens=(11, 1)), Parallel(4), [2, 1, 1], "the shortest segment has only 1 tokens"),
+    "3_one_wan_token": (Job("wan", (1, 2, 2)), Parallel(3), [1, 1, 1], "The shortest segment has only 1 tokens"),
+    "4_more_than_heads": (Job(), Parallel(4, ulysses_degree=4), [1, 1, 3], "Ulysses degree 4 is more than there are attention heads (3)"),
+    "4_short_text_in_one_lane": (Job(cfg=5.0, tokens=(11, 1)), Parallel(4), [2, 1, 1], "The shortest segment has only 1 tokens"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from parity import inprocess
 
 
@@ -17,7 +18,7 @@ def test_two_nodes_of_a_kind_leave_the_later_one_and_the_run_says_so_once(comfy)
     assert report["cached"] == 0, "the later threshold never hits"
     assert inprocess.error(latent, inprocess.sample(inprocess.load("flux"), job)) == 0.0
     (note,) = report["notes"]
-    assert "the later one wins" in note and "1e-09" in note
+    assert note.startswith("Two nodes First Block Cache ") and "the later one wins (threshold 1e-09, " in note
 
 
 def test_the_report_names_the_attention_kernel_that_ran(comfy):
@@ -28,3 +29,16 @@ def test_the_report_names_the_attention_kernel_that_ran(comfy):
         inprocess.sample(attach(inprocess.load("flux"), Attention("exact")), inprocess.Job("flux"))
     (report,) = found
     assert any(line.startswith("pytorch: ") for line in report["attention"])
+
+
+@pytest.mark.parametrize("rule", ["classic", "forecast"])
+def test_a_cache_whose_window_is_empty_says_so_and_leaves_the_run_alone(comfy, rule, caplog):
+    from para_core.comfy.attach import attach
+    from para_core.settings import Cache
+
+    job = inprocess.Job("flux", steps=6)
+    with caplog.at_level("WARNING", logger="paradit"):
+        latent = inprocess.sample(attach(inprocess.load("flux"), Cache(5.0, 0.6, 0.4, rule=rule)), job)
+    said = [record.getMessage() for record in caplog.records if record.name == "paradit"]
+    assert said == ["[ParaDiT] No step is cached: start_percent 0.6 is not below end_percent 0.4."]
+    assert inprocess.error(latent, inprocess.sample(inprocess.load("flux"), job)) == 0.0
