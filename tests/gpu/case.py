@@ -1,4 +1,4 @@
-"""What cases do in their process: a FLUX from a file, prompts for it, and a second rank on the same card."""
+"""What cases do in their process: a FLUX from a file, prompts for it, and a second rank, on another card where there is one."""
 
 from __future__ import annotations
 
@@ -21,15 +21,21 @@ def write_flux(folder: Path, *, cpu: bool, heads: int = 1) -> dict[str, Any]:
 
 
 def second_rank(script: Path | None = None, *, cpu: bool) -> Any:
-    """The group of this process, whose second rank is on the same card as the first. ``script``: in place of the real sidecar."""
+    """The group of this process, whose second rank is on the same card as the first if there is no other.
+
+    ``script``: in place of the real sidecar.
+    """
+    import torch
+
     from para_core.comfy import sidecars
     from para_core.group.group import Group
 
     if script is not None:
         sidecars._group = Group(script, sidecars._hello)
-    sidecars.devices = lambda settings, *_: ["cpu" if cpu else "cuda:0"] * (settings.gpus - 1)
     group = sidecars.group()
-    group._pool._environment["NCCL_HOSTID"] = "paradit-rank1"  # see processes.outcome
+    if cpu or torch.cuda.device_count() < 2:
+        sidecars.devices = lambda settings, *_: ["cpu" if cpu else "cuda:0"] * (settings.gpus - 1)
+        group._pool._environment["NCCL_HOSTID"] = "paradit-rank1"  # see processes.outcome
     return group
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from para_core.group.group import Group
+from para_core.group.member import Member
 
 
 @pytest.mark.parametrize(("lost", "ended"), [(None, []), ("rank 1 was lost", ["abort", "close"])])
@@ -19,3 +21,17 @@ def test_a_communicator_that_was_lost_is_gone_before_its_step_is_computed_again(
     group.lost = lost
     group.end()
     assert events == ended
+
+
+def test_the_slowest_worker_is_known_and_each_is_asked_once():
+    group = Group(Path("none"), lambda *_: {})
+    asked: list[tuple[int, str, str]] = []
+
+    class Asked(Member):
+        def tell(self, kind, payload=None):
+            asked.append((self.rank, kind, payload))
+            self.replies.put((kind, 1e14 * self.rank))
+
+    group._members = [Asked(rank, f"cuda:{rank}", SimpleNamespace()) for rank in (2, 1)]  # type: ignore[arg-type]
+    assert [group.slowest(torch.bfloat16) for _ in range(2)] == [1e14, 1e14]
+    assert asked == [(2, "rate", "bfloat16"), (1, "rate", "bfloat16")]
