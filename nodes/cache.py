@@ -38,10 +38,15 @@ class ParaFirstBlockCache(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Part of the sampling before which nothing is reused.",
+                    tooltip="Steps may be reused from here on: 0 = the beginning of the sampling, 1 = its end.",
                 ),
                 io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Part of the sampling after which nothing is reused."
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Steps may be reused up to here: 0 = the beginning of the sampling, 1 = its end.",
                 ),
                 io.Int.Input(
                     "max_consecutive_hits",

@@ -35,7 +35,7 @@ class ParaParallel(io.ComfyNode):
                 ),
                 io.Int.Input("ulysses_degree", **COUNT, tooltip="GPUs that share the attention heads of a sequence. 0 = choose."),
                 io.Int.Input("ring_degree", **COUNT, tooltip="GPUs that pass keys and values round a ring. 0 = choose."),
-                io.String.Input("devices", default="", tooltip='CUDA devices for the other ranks, such as "1,3". Empty = choose.'),
+                io.String.Input("devices", default="", tooltip='CUDA devices beside the model\'s own, such as "1,3". Empty = choose.'),
             ],
             outputs=[io.Model.Output(tooltip="The model, sampling on several GPUs.")],
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,16 @@ def _hello(rank: int, device: str, size: int) -> dict[str, Any]:
 
 def devices(settings: Parallel, own: torch.device, say: Callable[[str], None]) -> list[str]:
     """Devices of ranks 1.., this model being on ``own``; what cannot be had is said and left out."""
+    if settings.gpus == 1:
+        return []
+    found = _devices(settings, own, say)
+    if found and sys.platform != "linux":  # workers are reached through Unix sockets and talk through NCCL
+        say("Splitting needs Linux: this run stays on one GPU.")
+        return []
+    return found
+
+
+def _devices(settings: Parallel, own: torch.device, say: Callable[[str], None]) -> list[str]:
     if own.type == "cpu":
         if settings.gpus > MOST_CPU_RANKS:
             say(f"{settings.gpus} ranks were asked for on the CPU; {MOST_CPU_RANKS} are used.")

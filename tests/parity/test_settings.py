@@ -42,3 +42,23 @@ def test_a_cache_whose_window_is_empty_says_so_and_leaves_the_run_alone(comfy, r
     said = [record.getMessage() for record in caplog.records if record.name == "paradit"]
     assert said == ["[ParaDiT] No step is cached: start_percent 0.6 is not below end_percent 0.4."]
     assert inprocess.error(latent, inprocess.sample(inprocess.load("flux"), job)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("platform", "gpus", "found", "said"),
+    [
+        ("win32", 2, [], ["Splitting needs Linux: this run stays on one GPU."]),
+        ("win32", 1, [], []),
+        ("linux", 2, ["cpu"], []),
+    ],
+)
+def test_splitting_elsewhere_than_on_linux_is_left_out_and_said(comfy, monkeypatch, platform, gpus, found, said):
+    import torch
+
+    from para_core.comfy import sidecars
+    from para_core.settings import Parallel
+
+    heard: list[str] = []
+    monkeypatch.setattr(sidecars.sys, "platform", platform)
+    assert sidecars.devices(Parallel(gpus), torch.device("cpu"), heard.append) == found
+    assert heard == said

@@ -67,6 +67,13 @@ def test_the_readme_keeps_the_places_of_its_measured_figures():
         assert README.index(f"<!-- {name} -->") < README.index(f"<!-- /{name} -->")
 
 
+def test_the_readme_s_first_figures_are_those_of_the_measured_tables():
+    head, _, rest = README.partition("<!-- demo table -->")
+    table = rest[rest.index("<!-- bench -->") : rest.index("<!-- /bench -->")]
+    figures = re.findall(r"(\d\.\d\d) times as fast", head)
+    assert figures and all(f"` {figure} |" in table for figure in figures)
+
+
 def test_every_link_of_the_readme_within_the_project_leads_somewhere():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
