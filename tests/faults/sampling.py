@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import re
@@ -88,6 +89,9 @@ def prepared(prompt: Prompt):
 
     model = attach(load(prompt.kind), Parallel(gpus=prompt.ranks))
     return attach(model, Cache(threshold=prompt.threshold)) if prompt.threshold else model
+
+
+atexit.register(prepared.cache_clear)  # as in parity.inprocess
 
 
 def run(prompt: Prompt) -> Outcome:

@@ -5,6 +5,7 @@ Call nothing here before the `comfy` fixture has run.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ FILES = {
 }
 LORAS = {"flux": models.FLUX_LORA_FILE, "wan": models.WAN_LORA_FILE}
 _loaded: dict[str, Any] = {}
+atexit.register(_loaded.clear)  # patchers do not end well once the modules they use have gone
 
 
 def noise(*shape: int, seed: int = 1) -> torch.Tensor:
