@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from env import comfy_import
@@ -16,12 +15,6 @@ from hypothesis import HealthCheck, settings
 # What takes long on a machine that does other things as well has not failed.
 settings.register_profile("paradit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("paradit")
-
-
-@pytest.fixture(scope="session")
-def comfy_path() -> Path:
-    """Root of the ComfyUI tree under test."""
-    return Environment.locate().comfyui
 
 
 @pytest.fixture(scope="session")

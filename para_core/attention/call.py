@@ -38,7 +38,6 @@ class Call:
     skip_output_reshape: bool
     low_precision: bool
     """False where the model forbids kernels that quantise (``low_precision_attention=False``)."""
-    enable_gqa: bool
 
     @property
     def heads(self) -> int:
@@ -98,7 +97,6 @@ class Call:
             skip_reshape,
             bool(args[7] if count > 7 else get("skip_output_reshape", False)),
             get("low_precision_attention") is not False,
-            bool(get("enable_gqa", False)),
         )
 
     def output(self, out: torch.Tensor) -> torch.Tensor:

@@ -111,15 +111,6 @@ class Chooser:
             return StockKernel(call, lse=pytorch_lse_4d)
         return self._kernels[call.low_precision]
 
-    def shared_kernel(self, *, low_precision_ok: bool = True) -> Kernel:
-        """The kernel that chooses by shape, for as long as the run lasts: what compiled code needs in its ``Exchange``.
-
-        Raises ``ValueError`` where the local kernel is the stock function or a previous override, which belong to one call.
-        """
-        if self.setting is None or self.previous is not None:
-            raise ValueError("the stock function and previous overrides are kernels of single calls")
-        return self._kernels[low_precision_ok]
-
     def begin_forward(self) -> None:
         """A forward starts: the next call is that of its first layer."""
         self.check.begin_forward()

@@ -297,7 +297,7 @@ class Session:
             except (KernelBroken, Obstacle, Untransportable) as error:
                 reason = f"The rest of this run is computed on one GPU: {error}."
             # out here, the failed step's frames no longer hold its memory
-            self.give_up(reason, model_calls)
+            self.give_up(reason)
         results = [self.sound(call) for call in model_calls]
         self.time_kernels()
         return results
@@ -309,7 +309,7 @@ class Session:
             if split is not None:
                 split.kernels = {kind: self.chooser.timings.table[kind] for kind in kinds}
 
-    def give_up(self, reason: str, model_calls: list[ModelCall]) -> None:
+    def give_up(self, reason: str) -> None:
         """Go on with one rank: the cache starts cold, and ComfyUI is asked for the memory of whole steps."""
         assert self.split is not None and self.runner is not None
         self.notes.say(reason)

@@ -102,24 +102,12 @@ class Pool:
             atexit.register(self.stop)
         return self._directory
 
-    def start(self, environment: Mapping[str, str] | None = None) -> WorkerProcess:
-        """Start one more worker (milliseconds; it is ready once its channel opens). ``environment`` adds to the pool's."""
+    def start(self) -> WorkerProcess:
+        """Start one more worker (milliseconds; it is ready once its channel opens)."""
         self._count += 1
-        worker = WorkerProcess(f"worker{self._count}", self.directory, self._script, {**self._environment, **(environment or {})})
+        worker = WorkerProcess(f"worker{self._count}", self.directory, self._script, self._environment)
         self.workers.append(worker)
         return worker
-
-    def ensure(self, count: int) -> list[WorkerProcess]:
-        """At least ``count`` living workers: dead ones are replaced in their places. Returns the first ``count``."""
-        for place, worker in enumerate(self.workers[:count]):
-            if not worker.alive():
-                self.workers.remove(worker)
-                worker.kill()
-                self.start()
-                self.workers.insert(place, self.workers.pop())
-        while len(self.workers) < count:
-            self.start()
-        return self.workers[:count]
 
     def end(self, worker: WorkerProcess) -> None:
         """Kill one worker and forget it."""

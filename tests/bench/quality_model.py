@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from env import models
 from quality_ways import Setting
 
 LATENT = (1, 16, 16, 16)
@@ -62,16 +61,3 @@ def load() -> Pictures:
         f"the trained emoji model of tests/assets ({digest})",
         digest,
     )
-
-
-def random_weights() -> Pictures:
-    """The same formats without training: shows that a measurement works, says nothing about quality."""
-    import comfy.sd
-    from parity.inprocess import noise
-
-    def text(seed: int) -> list:
-        return [[noise(1, 8, models.FLUX_TEXT_WIDTH, seed=seed), {"pooled_output": noise(1, models.FLUX_POOLED_WIDTH, seed=seed + 1)}]]
-
-    model = comfy.sd.load_diffusion_model_state_dict(models.flux(seed=1, heads=2, double_blocks=2, single_blocks=4))
-    prompts = {f"prompt {index}": text(2 * index) for index in range(1, 200)}
-    return Pictures(model, comfy.sd.VAE(sd=models.tiny_autoencoder(3)), prompts, text(0), "random weights", "random")

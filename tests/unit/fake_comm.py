@@ -20,7 +20,6 @@ class FakeComm:
 
     def __init__(self, rank: int, size: int, board: dict[str, Any]) -> None:
         self.rank, self.size, self._board = rank, size, board
-        self._shifts: dict[tuple[int, int], int] = {}
 
     def _swap(self, value: Any) -> list[Any]:
         """Give ``value`` to all ranks; return what each rank gave."""

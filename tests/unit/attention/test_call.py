@@ -56,7 +56,7 @@ def test_each_call_form_yields_the_same_views_and_mask(form):
         assert got.data_ptr() == given.data_ptr(), "a copy was made"
     assert call.mask is MASK and call.heads == call.kv_heads == H
     assert call.transformer_options == {"block": 1}
-    assert call.low_precision and call.scale is None and not call.enable_gqa
+    assert call.low_precision and call.scale is None
 
 
 @pytest.mark.parametrize("skip_output", [False, True])
@@ -75,7 +75,7 @@ def test_the_output_has_the_shape_that_the_layout_flags_ask_for(skip, skip_outpu
 def test_grouped_queries_keep_their_fewer_key_heads():
     q, k, v = flat(kv_heads=1)
     call = Call.parse(stock_attention, (q, k, v, H), {"enable_gqa": True})
-    assert (call.heads, call.kv_heads, call.enable_gqa) == (H, 1, True)
+    assert (call.heads, call.kv_heads) == (H, 1)
     call = Call.parse(stock_attention, (heads_first(q), heads_first(k), heads_first(v), H), {"enable_gqa": True, "skip_reshape": True})
     assert (call.heads, call.kv_heads) == (H, 1)
 

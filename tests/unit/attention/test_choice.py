@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +69,12 @@ def tensors(heads=H, rows=S):
 
 
 def run(choice, *, mask=None, scale=None, low_precision_ok=True, qkv=None):
-    return choice.shared_kernel(low_precision_ok=low_precision_ok).run(*(qkv or tensors()), mask=mask, scale=scale)
+    return kernel_of(choice, low_precision_ok=low_precision_ok).run(*(qkv or tensors()), mask=mask, scale=scale)
+
+
+def kernel_of(choice, *, low_precision_ok=True):
+    """What computes a call where neither stock's function nor another override does."""
+    return choice.kernel(SimpleNamespace(low_precision=low_precision_ok))
 
 
 def call(**kwargs):
@@ -165,7 +171,7 @@ def test_masks_reach_the_kernel_in_4d_and_are_honoured(mask):
 def test_a_call_that_needs_log_sum_exp_goes_to_a_backend_that_has_it():
     choice, _ = chooser("auto", Fake("cudnn", lse=False), Fake("flash"))
     q, k, v = tensors()
-    out, lse = choice.shared_kernel().run_lse(q, k, v, mask=None, scale=0.2)
+    out, lse = kernel_of(choice).run_lse(q, k, v, mask=None, scale=0.2)
     assert choice.counts == {("flash", "cudnn: it gives no log-sum-exp"): 1}
     torch.testing.assert_close(lse, (q @ k.mT * 0.2).logsumexp(-1))
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.2))
@@ -201,8 +207,6 @@ def test_without_a_setting_the_stock_function_is_the_kernel_and_a_ring_gets_the_
     q, k, v = tensors()
     mask = torch.rand(S, S) > 0.5
     torch.testing.assert_close(kernel.run_lse(q, k, v, mask=mask, scale=None)[0], F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-    with pytest.raises(ValueError):
-        choice.shared_kernel()
 
 
 def test_a_previous_override_stays_the_local_kernel_whatever_the_setting():
@@ -226,7 +230,7 @@ def test_every_setting_computes_on_this_machine():
     for setting in SETTINGS:
         choice = Chooser(setting, say=lambda _: None)
         torch.testing.assert_close(run(choice), F.scaled_dot_product_attention(q, k, v))
-        out, lse = choice.shared_kernel().run_lse(q, k, v, mask=None, scale=None)
+        out, lse = kernel_of(choice).run_lse(q, k, v, mask=None, scale=None)
         torch.testing.assert_close(lse, (q @ k.mT * D**-0.5).logsumexp(-1))
 
 
@@ -319,7 +323,7 @@ def test_a_wrong_log_sum_exp_is_found():
     sage = Fake("sage", exact=False, spoil_lse=lambda lse: lse / 0.6931)
     choice, said = chooser("sage", sage)
     q, k, v = tensors()
-    _, lse = choice.shared_kernel().run_lse(q, k, v, mask=None, scale=None)
+    _, lse = kernel_of(choice).run_lse(q, k, v, mask=None, scale=None)
     torch.testing.assert_close(lse, (q @ k.mT * D**-0.5).logsumexp(-1))
     assert len(said) == 1 and "log-sum-exp" in said[0]
 
@@ -352,7 +356,7 @@ def test_broken_inputs_are_not_blamed_on_the_kernel():
     choice, said = chooser("sage", sage)
     q, k, v = tensors()
     run(choice, qkv=(q, k, v * float("nan")))
-    choice.shared_kernel().run_lse(q * float("nan"), k, v, mask=None, scale=None)
+    kernel_of(choice).run_lse(q * float("nan"), k, v, mask=None, scale=None)
     assert said == [] and sage.calls == 2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -70,7 +72,7 @@ def test_auto_computes_every_dtype_and_passes_its_own_check(dtype):
     choice = Chooser("auto", say=said.append)
     q, k, v = tensors((1, 24, 24, 9000, 9000, 128), dtype)
     choice.begin_forward()
-    out = choice.shared_kernel().run(q, k, v, mask=None, scale=None)
+    out = choice.kernel(SimpleNamespace(low_precision=True)).run(q, k, v, mask=None, scale=None)
     exact, _ = pytorch.plain(q.float()[:, :, :256], k.float(), v.float(), mask=None, scale=None)
     assert relative(out[:, :, :256], exact) < 0.1 and choice.end_forward() and said == []
 
@@ -79,7 +81,7 @@ def test_the_check_of_quantised_kernels_does_not_disturb_a_graph_capture():
     choice = Chooser("auto", say=lambda _: None)
     choice.will_capture = True
     q, k, v = tensors((1, 24, 24, 9000, 9000, 128))
-    kernel = choice.shared_kernel()
+    kernel = choice.kernel(SimpleNamespace(low_precision=True))
     for _ in range(2):
         choice.begin_forward()
         eager = kernel.run(q, k, v, mask=None, scale=None)
@@ -102,7 +104,7 @@ def test_a_graph_holds_a_kernel_or_the_chooser_refuses_to_capture_it(backend):
         pytest.skip(reason)
     choice = Chooser("auto", say=lambda _: None, table=(backend,), order=lambda request: (backend.name,))
     choice.will_capture = True
-    kernel = choice.shared_kernel()
+    kernel = choice.kernel(SimpleNamespace(low_precision=True))
     kernel.run(q, k, v, mask=None, scale=None)
     graph = torch.cuda.CUDAGraph()
     try:

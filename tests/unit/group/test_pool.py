@@ -74,9 +74,10 @@ def test_directory_key_and_socket_are_for_this_user_alone(pool: Pool) -> None:
     assert all(connection.type != "tcp" for connection in psutil.Process(worker.pid).net_connections("inet"))
 
 
-def test_one_workers_end_ends_no_other_and_is_told_with_its_last_lines(pool: Pool) -> None:
-    first, second = pool.ensure(2)
-    crashing = pool.start({"STUB": "crash"})
+def test_one_workers_end_ends_no_other_and_is_told_with_its_last_lines(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = pool.start(), pool.start()
+    monkeypatch.setenv("STUB", "crash")
+    crashing = pool.start()
     with pytest.raises(ChannelClosed, match="ended before it answered"):
         crashing.open_channel(START_S)
     assert crashing.exit_code() == 1 and crashing.tail() == "no such card"
@@ -93,17 +94,16 @@ def test_one_workers_end_ends_no_other_and_is_told_with_its_last_lines(pool: Poo
     channels[1].tell("echo", [1, (2.0, None)])
     assert channels[1].hear(10) == ("echo", [1, (2.0, None)])
 
-    kept = second.pid
-    replaced, same = pool.ensure(2)
-    assert same is second and same.pid == kept and replaced is not first and replaced.alive()
-    pids = [worker.pid for worker in (first, second, crashing, replaced)]
+    pool.end(first)
+    assert pool.workers == [second, crashing] and second.alive()
+    pids = [worker.pid for worker in (first, second, crashing)]
     directory = pool.directory
     pool.stop()
     assert all(map(gone, pids)) and not directory.exists() and not pool.workers
 
 
 def test_a_worker_that_is_stopped_or_deaf_can_be_killed_and_idle_ones_use_no_processor(pool: Pool) -> None:
-    stopped, deaf = pool.ensure(2)
+    stopped, deaf = pool.start(), pool.start()
     stopped.open_channel(START_S)
     channel = deaf.open_channel(START_S)
     process = psutil.Process(deaf.pid)
@@ -133,7 +133,7 @@ def test_a_pool_can_be_used_again_after_it_was_stopped(pool: Pool) -> None:
 def parent_program(rank: int, size: int, report: Path, connected: int) -> None:
     """Starts two workers, and is killed: while they start, or when one is busy and the other stopped."""
     pool = Pool(STUB)
-    workers = pool.ensure(2)
+    workers = [pool.start(), pool.start()]
     channels = [worker.open_channel(START_S) for worker in workers[:connected]]
     if connected:
         channels[0].tell("deaf")  # hears no end of file
