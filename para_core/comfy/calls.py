@@ -1,4 +1,4 @@
-"""One call of the diffusion model as stock code makes it: its parts, its conditions, and what of it can travel."""
+"""One call of the diffusion model as stock code makes it: its parts, its conditions, and what of it can travel or be split."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..execution.runner import OVERRIDE
+from ..plans import plan_for
 from ..sequence.hooks import Arguments
 from ..sequence.rows import take
 from . import windows
@@ -172,6 +174,22 @@ def first_patch(options: dict[str, Any]) -> str:
 def refusal(options: dict[str, Any]) -> str:
     """Why calls with these patches cannot be shared; "" if they can."""
     return next((REFUSED[name] for *_, function in functions(options) if (name := module(function)) in REFUSED), "")
+
+
+def unsplittable(patcher: ModelPatcher, options: dict[str, Any], previous: Any) -> str:
+    """Why a run with these transformer options, ``previous`` the attention override among them, cannot be split; "" if it can."""
+    if patcher.get_additional_models_with_key("multigpu"):
+        return "ComfyUI's MultiGPU CFG Split already spreads this model: use one or the other"
+    if patcher.hook_patches:
+        return "conditioning hooks (a LoRA as a hook) change the model's weights while it samples"
+    model = patcher.model.diffusion_model
+    plan = plan_for(model)
+    if previous is not None and plan is not None and not plan.gatherable:
+        return f"attention of {plan.family} cannot be gathered for the override {title(previous)} of another node"
+    code = first_patch(options) or (f"the attention override {title(previous)}" if previous is not None else "")
+    if code and plan is not None and not plan.stacks:
+        return f"{code} runs in ComfyUI's own process, and the blocks of {type(model).__name__} are not cut"
+    return refusal(options)
 
 
 def uncached(options: dict[str, Any]) -> str:

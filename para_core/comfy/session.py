@@ -36,7 +36,7 @@ from .forecasting import Forecaster
 from .lanes import Call, Lanes
 from .meter import Meter
 from .notify import Notes, show
-from .split import Obstacle, Split, obstacle
+from .split import Obstacle, Split
 from .wording import kind, live, summary
 
 KEY = "paradit"
@@ -103,7 +103,7 @@ class Session:
             caching = False
         devices = sidecars.devices(self.parallel, self.patcher.load_device, self.notes.say) if self.parallel else []
         if devices:
-            reason = obstacle(self.patcher, options, previous)
+            reason = calls.unsplittable(self.patcher, options, previous)
             self.foreign = f"the attention override {calls.title(previous)}" if previous is not None and not reason else ""
             if reason:
                 self.notes.say(f"This run stays on one GPU: {reason}.")

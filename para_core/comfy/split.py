@@ -13,7 +13,6 @@ import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ..cache.first_block import Step, chunks
@@ -22,7 +21,6 @@ from ..execution.ways import Machine
 from ..group.codec import Untransportable
 from ..group.group import GroupError
 from ..group.member import RankLost
-from ..plans import plan_for
 from ..plans.plan import Plan, attribute, patch_sides
 from ..sequence.degrees import choose
 from ..sequence.layout import balanced
@@ -40,22 +38,6 @@ Share = tuple[int, int, int]  # a replica's call, and its first and last batch r
 
 class Obstacle(RuntimeError):
     """Why a step cannot be shared."""
-
-
-def obstacle(patcher: ModelPatcher, options: dict[str, Any], previous: Any) -> str:
-    """Why a run with these transformer options, ``previous`` the attention override among them, cannot be split; "" if it can."""
-    if patcher.get_additional_models_with_key("multigpu"):
-        return "ComfyUI's MultiGPU CFG Split already spreads this model: use one or the other"
-    if patcher.hook_patches:
-        return "conditioning hooks (a LoRA as a hook) change the model's weights while it samples"
-    model = patcher.model.diffusion_model
-    plan = plan_for(model)
-    if previous is not None and plan is not None and not plan.gatherable:
-        return f"attention of {plan.family} cannot be gathered for the override {calls.title(previous)} of another node"
-    code = calls.first_patch(options) or (f"the attention override {calls.title(previous)}" if previous is not None else "")
-    if code and plan is not None and not plan.stacks:
-        return f"{code} runs in ComfyUI's own process, and the blocks of {type(model).__name__} are not cut"
-    return calls.refusal(options)
 
 
 class Split:
