@@ -215,12 +215,13 @@ class Session:
         self.meter.stop()
 
     def close(self) -> None:
-        """Undo everything, in reverse order, write the run's line to the log, and keep the report of latents that were made."""
+        """Undo everything, in reverse order, write the run's lines to the log, and keep the report of latents that were made."""
         while self._undo:
             self._undo.pop()()
         report = self.report()
         self.split = None  # which knows this session: nothing may keep the patcher, not even until Python looks for circles
         if self.used:
+            log.info("%s: %s", report["model"], summary(report))
             log.info("run: %s", json.dumps(report))
             show("\n".join([summary(report), *self.notes.said]))
         if self.latents is not None:
