@@ -95,7 +95,7 @@ def sample(model: comfy.model_patcher.ModelPatcher, case: Case, *, steps: int = 
         if cuda and len(marks) == steps - 1:
             torch.cuda.synchronize()
 
-    with torch.inference_mode(), launching(model) as launches, reports() as lines:
+    with torch.inference_mode(), launching() as launches, reports() as lines:
         latents = comfy.sample.sample(
             model, noise, steps, 1.0, "euler", "simple", [[context, extra]], [[context, extra]], torch.zeros(case.latent),
             disable_pbar=True, callback=step, seed=1,
@@ -106,10 +106,12 @@ def sample(model: comfy.model_patcher.ModelPatcher, case: Case, *, steps: int = 
 
 
 @contextmanager
-def launching(model: comfy.model_patcher.ModelPatcher) -> Iterator[list[float]]:
-    """Seconds until each forward of ``model`` has returned: nobody waits for the device, unless the forward itself does."""
-    base, found = model.model, []
-    original = base.apply_model
+def launching() -> Iterator[list[float]]:
+    """Seconds until each forward has returned: nobody waits for the device, unless the forward itself does.
+
+    Of whichever model runs: where blocks are compiled under dynamic VRAM, that is a copy of the one that was asked for.
+    """
+    original, found = comfy.model_base.BaseModel.apply_model, []
 
     def apply_model(*args, **kwargs):
         start = time.perf_counter()
@@ -117,8 +119,8 @@ def launching(model: comfy.model_patcher.ModelPatcher) -> Iterator[list[float]]:
         found.append(time.perf_counter() - start)
         return result
 
-    base.apply_model = apply_model
+    comfy.model_base.BaseModel.apply_model = apply_model
     try:
         yield found
     finally:
-        del base.apply_model
+        comfy.model_base.BaseModel.apply_model = original

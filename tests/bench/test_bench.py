@@ -12,6 +12,7 @@ from typing import Any
 
 import pages
 import pytest
+import torch
 from record import RECORDS, Record, Stale
 from rows import TimeIsUp, attempt
 
@@ -76,6 +77,23 @@ def test_a_later_call_adds_what_is_missing_and_measures_nothing_twice(comfy: Non
     keys = [{(row["case"], row["way"]) for row in rows} for rows in (after.tables["attention"], before["attention"])]
     assert keys[0] == keys[1] and not any("failed" in row for row in after.tables["attention"])
     assert after.find("attention", case="Wan 720p", way="pytorch") == before["attention"][-8]
+
+
+def test_forwards_of_the_model_that_runs_are_timed_also_where_it_is_a_copy(comfy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cases
+    import comfy.model_base
+    from sizes import CASES, tiny
+
+    from para_core.comfy import attach, compiling, static
+    from para_core.settings import Compile
+
+    case, stock = tiny(CASES["flux-1024"]), comfy.model_base.BaseModel.apply_model
+    model, copy = cases.build(case), cases.build(case)
+    monkeypatch.setattr(compiling, "settled", lambda *_: True)
+    monkeypatch.setattr(static, "copy", lambda *_: copy)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert cases.sample(attach.attach(model, Compile("compile")), case).launch > 0
+    assert comfy.model_base.BaseModel.apply_model is stock
 
 
 def test_a_new_record_takes_no_other_ones_name(tmp_path: Path) -> None:
