@@ -44,6 +44,7 @@ def card() -> tuple[int, int]:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    storages = [one.untyped_storage() for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [one.untyped_storage() for one in tensors if one.layout == torch.strided]  # others have none
     total = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     return total, total
