@@ -82,6 +82,19 @@ class Builder:
         negative = self.add("negative", "TestConditioning", seed=12, tokens=sampling.negative_tokens, **shape)
         return positive, negative
 
+    def controlled(self, positive: Link, negative: Link, strength: float, size: tuple[int, int]) -> tuple[Link, Link]:
+        """Both under a ControlNet, whose picture is a square on a ground of another colour."""
+        width, height = size
+        ground = self.add("ground", "EmptyImage", width=width, height=height, batch_size=1, color=0x2050A0)
+        square = self.add("square", "EmptyImage", width=width // 3, height=height // 3, batch_size=1, color=0xF0C010)
+        picture = self.add(
+            "picture", "ImageCompositeMasked", destination=ground, source=square, x=width // 4, y=height // 3, resize_source=False
+        )
+        net = self.add("control_net", "ControlNetLoader", control_net_name=models.FLUX_CONTROL_FILE)
+        inputs = {"positive": positive, "negative": negative, "control_net": net, "image": picture, "strength": strength}
+        name, _ = self.add("control", "ControlNetApplyAdvanced", **inputs, start_percent=0.0, end_percent=1.0)
+        return [name, 0], [name, 1]
+
     def sample(self, sampling: Sampling, model: Link, positive: Link, negative: Link, latent: Link) -> Link:
         if not sampling.custom:
             return self.add(
@@ -138,13 +151,15 @@ def flux(
     height: int = 128,
     batch: int = 1,
     lora: float | None = None,
+    control: float = 0.0,
     checkpoint: bool = False,
     decode: bool = False,
     latent_size: tuple[int, int] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """A FLUX image. width and height in pixels, multiples of 16; latent_size (width, height) in latent pixels instead.
 
-    lora: strength of the LoRA; None leaves the node out. checkpoint: the model from a full checkpoint.
+    lora: strength of the LoRA; None leaves the node out. control: strength of the ControlNet; 0 leaves it out.
+    checkpoint: the model from a full checkpoint.
     decode: also save the picture, as node "image".
     """
     graph = Builder()
@@ -155,6 +170,8 @@ def flux(
     else:
         model = graph.model(models.FLUX_FILE, patches, lora_node)
     positive, negative = graph.conditioning(sampling, models.FLUX_TEXT_WIDTH, models.FLUX_POOLED_WIDTH)
+    if control:
+        positive, negative = graph.controlled(positive, negative, control, (width, height))
     if latent_size is not None:
         columns, rows = latent_size
         empty = graph.add(

@@ -1,6 +1,6 @@
 """Tiny models with seeded random weights, in the file formats of the real ones.
 
-    python models.py FOLDER     writes FOLDER/{diffusion_models,checkpoints,vae,loras}/*.safetensors
+    python models.py FOLDER     writes FOLDER/{diffusion_models,checkpoints,controlnet,vae,loras}/*.safetensors
 
 Names and shapes of the tensors are what ComfyUI's model detection looks at, so the stock loaders take the files for
 FLUX.1 and Wan 2.1 T2V with fewer, narrower blocks. Heads stay 128 wide, because detection derives their number from
@@ -29,6 +29,7 @@ TIME_FREQUENCIES = 256
 
 FLUX_FILE = "tiny_flux.safetensors"
 FLUX_CHECKPOINT_FILE = "tiny_flux_checkpoint.safetensors"
+FLUX_CONTROL_FILE = "tiny_flux_control.safetensors"
 FLUX_LORA_FILE = "tiny_flux_lora.safetensors"
 FLUX_TEXT_WIDTH = 128
 FLUX_POOLED_WIDTH = 64
@@ -108,6 +109,21 @@ def flux(seed: int, heads: int, double_blocks: int, single_blocks: int) -> dict[
         w.norm(f"{block}.norm.key_norm.scale", HEAD_DIM)
     w.linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden, gain=0.3)
     w.output_layer("final_layer.linear", hidden, w.tensors["img_in.weight"])
+    return w.tensors
+
+
+def flux_control(seed: int, heads: int, double_blocks: int, single_blocks: int) -> dict[str, Tensor]:
+    """A ControlNet for ``flux`` that takes a picture: a smaller FLUX without an end, with a residual for every block."""
+    tensors = flux(seed, heads, double_blocks, single_blocks)
+    w = Weights(seed, {name: tensor for name, tensor in tensors.items() if not name.startswith("final_layer.")})
+    hidden = heads * HEAD_DIM
+    for layer in range(8):
+        w.conv(f"input_hint_block.{2 * layer}", 16, 16 if layer else 3)
+    w.linear("pos_embed_input", hidden, PATCH)
+    for i in range(double_blocks):
+        w.linear(f"controlnet_blocks.{i}", hidden, hidden)
+    for i in range(single_blocks):
+        w.linear(f"controlnet_single_blocks.{i}", hidden, hidden)
     return w.tensors
 
 
@@ -209,6 +225,7 @@ def write_all(folder: Path) -> None:
         f"diffusion_models/{WAN_FILE}": wan_model,
         f"diffusion_models/{WAN_LOW_NOISE_FILE}": wan(seed=5, heads=1, blocks=5, ffn=256),
         f"checkpoints/{FLUX_CHECKPOINT_FILE}": prefixed("model.diffusion_model.", checkpoint) | prefixed("vae.", vae),
+        f"controlnet/{FLUX_CONTROL_FILE}": flux_control(seed=8, heads=3, double_blocks=1, single_blocks=1),
         f"vae/{VAE_FILE}": vae,
         f"loras/{FLUX_LORA_FILE}": low_rank(flux_model, ("attn.qkv", "linear1"), seed=6, kohya=True),
         f"loras/{WAN_LORA_FILE}": low_rank(wan_model, ("attn.q", "attn.v", "ffn.0"), seed=7, kohya=False),

@@ -182,6 +182,23 @@ def test_lora_after_our_nodes_counts_too(server: Server, ranks: int) -> None:
     assert run["ranks"] == ranks and error(result, stock) < 2 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "ranks, sampling, patches, degrees",
+    [
+        (1, UNEQUAL, [NEVER], [1, 1, 1]),
+        (2, PLAIN, [parallel(2)], [1, 1, 2]),
+        (2, UNEQUAL, [parallel(2), NEVER], [2, 1, 1]),
+    ],
+    ids=["cache", "tokens", "prompts_and_cache"],
+)
+def test_a_controlnet_steers_an_accelerated_graph_as_it_steers_stock(server: Server, ranks: int, sampling, patches, degrees) -> None:
+    size = {"width": 144, "height": 80}  # 9 x 5 tokens
+    free, stock = (latent(server, graphs.flux(sampling=sampling, control=control, **size)) for control in (0.0, 0.7))
+    result, (run,) = accelerated(server, graphs.flux(patches, sampling, control=0.7, **size))
+    assert error(stock, free) > 0.01 and run["notes"] == [] and run["degrees"] == degrees and run["cached"] == 0
+    assert torch.equal(result, stock) if ranks == 1 else error(result, stock) < TOLERANCE * run["forwards"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize(
