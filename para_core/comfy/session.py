@@ -184,7 +184,7 @@ class Session:
 
     def graph(self, options: dict[str, Any]) -> bool:
         """Whether forwards with these options are captured as CUDA graphs; what stands against it is said."""
-        if not self.compiling.graph or self.patcher.load_device.type != "cuda" or self.runner is None:
+        if not self.compiling.graph or self.runner is None:
             return False
         assert self.chooser is not None
         if reason := compiling.against_graphs(self.patcher, self.chooser):

@@ -59,6 +59,8 @@ def devices(settings: Parallel, own: torch.device, say: Callable[[str], None]) -
 
 def _devices(settings: Parallel, own: torch.device, say: Callable[[str], None]) -> list[str]:
     if own.type == "cpu":
+        if settings.devices.strip():
+            say("The input devices names CUDA devices and is left out: this model runs on the CPU, where gpus is the number of processes.")
         if settings.gpus > MOST_CPU_RANKS:
             say(f"{settings.gpus} ranks were asked for on the CPU; {MOST_CPU_RANKS} are used.")
         return ["cpu"] * (min(settings.gpus, MOST_CPU_RANKS) - 1)

@@ -39,6 +39,11 @@ def second_rank(script: Path | None = None, *, cpu: bool) -> Any:
     return group
 
 
+def available(mode: str, *, cpu: bool) -> str:
+    """A mode of Compile Blocks, without the graphs on a CPU, which has none and says so."""
+    return {"graph": "off", "compile+graph": "compile"}.get(mode, mode) if cpu else mode
+
+
 def sample(model: Any, steps: int, *, big: bool) -> Any:
     """A prompt of 1024 x 1040 pixels, or of a few: its latents, float32 on the CPU."""
     import comfy.sample

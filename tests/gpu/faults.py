@@ -36,7 +36,7 @@ sys.path[0] = str(HERE.parent)  # this folder holds names of others
 sys.path.append(str(HERE.parents[1]))
 
 from gpu import failures, processes  # noqa: E402
-from gpu.case import FLUX, relative, sample, second_rank, write_flux  # noqa: E402
+from gpu.case import FLUX, available, relative, sample, second_rank, write_flux  # noqa: E402
 from gpu.failures import SILENCE, WITHOUT, Fault  # noqa: E402
 
 STEPS = 5
@@ -151,7 +151,7 @@ class Trial:
         self.case, self.group, self.order, self.cpu = case, group, order, cpu
         self.graph = case.graph and not cpu
         self.size = base.model_size()
-        self.single = attach(base, Compile(case.mode))
+        self.single = attach(base, Compile(available(case.mode, cpu=cpu)))
         self.shared = attach(self.single, Parallel(2))
         sample(base, STEPS, big=not cpu)
         self.stock = sample(base, STEPS, big=not cpu)

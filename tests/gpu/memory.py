@@ -33,7 +33,7 @@ sys.path.insert(1, str(HERE.parent / "bench"))
 sys.path.append(str(HERE.parents[1]))
 
 from gpu import processes  # noqa: E402
-from gpu.case import second_rank  # noqa: E402
+from gpu.case import available, second_rank  # noqa: E402
 
 LIMIT = 180  # seconds a case
 FLAGS = ("--disable-dynamic-vram", "--disable-cuda-malloc", "--bf16-unet")
@@ -106,11 +106,11 @@ def inside(name: str, *, cpu: bool) -> None:
     os._exit(0)
 
 
-def settings(model: Any, case: Case, mode: str) -> Any:
+def settings(model: Any, case: Case, mode: str, *, cpu: bool) -> Any:
     from para_core.comfy.attach import attach
     from para_core.settings import Attention, Compile, Parallel
 
-    model = attach(attach(model, Attention("exact")), Compile(mode))
+    model = attach(attach(model, Attention("exact")), Compile(available(mode, cpu=cpu)))
     return attach(model, Parallel(case.ranks, ulysses_degree=case.ranks)) if case.ranks > 1 else model
 
 
@@ -121,7 +121,7 @@ def growth(model: Any, size: Any, case: Case, *, cpu: bool):
     from para_core.execution.graphs import LIMIT as MOST
 
     (mode,) = case.modes
-    model, dice, captures, notes = settings(model, case, mode), random.Random(3), watch_captures(), set()
+    model, dice, captures, notes = settings(model, case, mode, cpu=cpu), random.Random(3), watch_captures(), set()
 
     def prompt(height: int, width: int) -> None:
         report = cases.sample(model, replace(size, latent=(1, 16, height, width)), steps=3).report
@@ -196,7 +196,7 @@ def peaks(model: Any, size: Any, case: Case, *, cpu: bool):
     yield ["stock", "ok", "-", "-", f"{stock:.0f}", "1", "-", ""]
     for mode in case.modes:
         captures = watch_captures()
-        accelerated = settings(model, case, mode)
+        accelerated = settings(model, case, mode, cpu=cpu)
         most, run = peak(lambda accelerated=accelerated: cases.sample(accelerated, size, steps=4), cpu)
         ratio, allowed = (most / stock if stock else 0.0), ABOVE if case.ranks == 1 else told
         good = ratio <= allowed and run.report["ranks"] == case.ranks and not run.report["notes"]

@@ -83,7 +83,8 @@ def test_graphs_need_weights_and_memory_that_stay_and_a_sentence_names_the_flags
 
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
     monkeypatch.setattr(static, "possible", lambda _patcher: dynamic == "copied")
-    patcher = SimpleNamespace(is_dynamic=lambda: bool(dynamic), model=SimpleNamespace(model_lowvram=lowvram))
+    model = SimpleNamespace(model_lowvram=lowvram)
+    patcher = SimpleNamespace(load_device=torch.device("cuda"), is_dynamic=lambda: bool(dynamic), model=model)
     reason = against_graphs(patcher, SimpleNamespace(setting="exact", previous=None))
     asynchronous = allocator != "native"
     moves = dynamic == "kept" or dynamic == "copied" and not asynchronous  # a copy was to be had, and was not
@@ -104,7 +105,7 @@ def test_kernels_of_others_are_not_captured(comfy, monkeypatch, setting, previou
 
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(comfy.model_management, "sage_attention_enabled", lambda: stock)
-    patcher = SimpleNamespace(is_dynamic=lambda: False, model=SimpleNamespace(model_lowvram=False))
+    patcher = SimpleNamespace(load_device=torch.device("cuda"), is_dynamic=lambda: False, model=SimpleNamespace(model_lowvram=False))
     reason = against_graphs(patcher, SimpleNamespace(setting=setting, previous=previous))
     assert bool(reason) is bool(whose) and whose in reason
 

@@ -62,3 +62,31 @@ def test_splitting_elsewhere_than_on_linux_is_left_out_and_said(comfy, monkeypat
     monkeypatch.setattr(sidecars.sys, "platform", platform)
     assert sidecars.devices(Parallel(gpus), torch.device("cpu"), heard.append) == found
     assert heard == said
+
+
+@pytest.mark.parametrize(("devices", "said"), [("0,2", 1), (" ", 0)])
+def test_cuda_devices_are_left_out_on_the_cpu_and_that_is_said(comfy, devices, said):
+    import torch
+
+    from para_core.comfy import sidecars
+    from para_core.settings import Parallel
+
+    heard: list[str] = []
+    assert sidecars.devices(Parallel(2, devices=devices), torch.device("cpu"), heard.append) == ["cpu"]
+    assert len(heard) == said and all("left out" in sentence for sentence in heard)
+
+
+@pytest.mark.parametrize("mode", ["graph", "compile+graph"])
+def test_graphs_on_the_cpu_are_left_out_and_that_is_said_once(comfy, monkeypatch, caplog, mode):
+    import torch
+
+    from para_core.settings import Compile
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    job = inprocess.Job("flux_small", steps=3)
+    with caplog.at_level("WARNING", logger="paradit"):
+        latent, report = inprocess.run(inprocess.load("flux_small"), job, Compile(mode))
+    (note,) = report["notes"]
+    assert note.startswith("No CUDA graphs: ") and "runs on cpu" in note and "compile or off" in note
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [f"[ParaDiT] {note}"]
+    assert inprocess.error(latent, inprocess.sample(inprocess.load("flux_small"), job)) == 0.0
