@@ -237,6 +237,7 @@ class Session:
             "model": type(self.model).__name__,
             "ranks": degrees.world,
             "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
+            "shares": self.split.shares() if self.split is not None else None,
             "steps": self.steps,
             "forwards": self.forwards,
             "cached": self.cached() or 0,

@@ -24,7 +24,7 @@ from ..group.member import RankLost
 from ..plans.plan import Plan, attribute, patch_sides
 from ..sequence.degrees import choose
 from ..sequence.layout import balanced
-from ..sequence.mesh import Degrees
+from ..sequence.mesh import Degrees, replica_speeds
 from . import calls, patches, sidecars
 from .calls import ModelCall
 from .estimate import Estimate
@@ -33,6 +33,7 @@ from .model import Unshareable
 if TYPE_CHECKING:
     from .session import Session
 
+MATRICES = 2**28  # bytes that measuring how fast a GPU multiplies takes, at most
 Share = tuple[int, int, int]  # a replica's call, and its first and last batch row there
 
 
@@ -53,42 +54,66 @@ class Split:
         self._heads = attribute(session.model, plan.heads) if plan.stacks else 1
         self._degrees: dict[tuple[int, int | None, bool], Degrees] = {}
         self._estimate: Estimate | None = None
+        self._rates: tuple[float, ...] = ()  # of every rank, where GPUs are of several kinds
 
     # -- joining ------------------------------------------------------------------------------------------------------
 
     def prepare(self, executor, *args, **kwargs):
         """PREPARE_SAMPLING wrapper: once ComfyUI has loaded the model, the group gets it too."""
         self._estimate = Estimate(args, self.part)
+        with self._or_alone():
+            self._compare()
         result = executor(*args, **kwargs)
         self._estimate.others = result[2]
-        with comfy.model_management.cuda_device_context(self.session.patcher.load_device):  # as around sampling, which comes later
-            self._share_model(args)
+        if self._estimate.active:
+            with self._or_alone():
+                self._share_model(args)
         return result
+
+    @contextmanager
+    def _or_alone(self) -> Iterator[None]:
+        """Around what readies the group: where it fails, this run stays on this rank."""
+        with comfy.model_management.cuda_device_context(self.session.patcher.load_device):  # as around sampling, which comes later
+            try:
+                yield
+            except (GroupError, RankLost, Unshareable, Untransportable) as error:
+                self.session.notes.say(f"This run stays on one GPU, because {error}.")
+                self.make_room()
+
+    def _compare(self) -> None:
+        """Learn how fast each rank is where GPUs are of several kinds: before the model is loaded, for its room goes by the shares."""
+        device = self.session.patcher.load_device
+        if not self.plan.stacks or not gain.unlike([device, *map(torch.device, self.devices)]):
+            return
+        self.group.form(device, self.devices)
+        comfy.model_management.free_memory(MATRICES, device)
+        dtype = self.session.patcher.model.get_dtype_inference()
+        self._rates = (gain.matrix_rate(device, dtype), *self.group.rates(dtype))
+
+    def _speeds(self, degrees: Degrees) -> tuple[float, ...] | None:
+        """Of all ranks of ``degrees``, where shares go by speed."""
+        return gain.speeds(self._rates, degrees, self._heads) if self._rates else None
 
     def _share_model(self, args: tuple) -> None:
         session = self.session
-        try:
-            self.group.form(session.patcher.load_device, self.devices)
-            if session.parallel is not None and session.parallel.careful and (reason := self._loses(args[1])):
-                session.notes.say(reason)
-                self.make_room()
-                return
-            assert session.runner is not None
-            session.runner.override.ways.machine = self._machine()
-            self.group.measure(session.meter.exchanged)
-            sidecars.load(session.patcher, comfy.sampler_helpers.estimate_memory(*args[:3])[0])
-            self.group.begin(
-                model=sidecars.model_id(session.patcher),
-                attention=session.attention.backend if session.attention else None,
-                kernels=session.chooser.timings.table if session.chooser is not None else {},
-                cached=session.runner is not None and session.runner.cache is not None,
-                compiled=session.runner is not None and session.runner.compiled is not None,
-                foreign=bool(session.foreign),
-            )
-            self.active = True
-        except (GroupError, RankLost, Unshareable, Untransportable) as error:
-            session.notes.say(f"This run stays on one GPU, because {error}.")
+        self.group.form(session.patcher.load_device, self.devices)
+        if session.parallel is not None and session.parallel.careful and (reason := self._loses(args[1])):
+            session.notes.say(reason)
             self.make_room()
+            return
+        assert session.runner is not None
+        session.runner.override.ways.machine = self._machine()
+        self.group.measure(session.meter.exchanged)
+        sidecars.load(session.patcher, comfy.sampler_helpers.estimate_memory(*args[:3])[0])
+        self.group.begin(
+            model=sidecars.model_id(session.patcher),
+            attention=session.attention.backend if session.attention else None,
+            kernels=session.chooser.timings.table if session.chooser is not None else {},
+            cached=session.runner is not None and session.runner.cache is not None,
+            compiled=session.runner is not None and session.runner.compiled is not None,
+            foreign=bool(session.foreign),
+        )
+        self.active = True
 
     def part(self, shape: Sequence[int]) -> float:
         """The part of a whole step's memory that a card of this run needs for latents of ``shape`` (B, C, ...), at most.
@@ -114,7 +139,9 @@ class Split:
         if outside == 1.0:
             return share
         sides = (*(1 for _ in shape[4:]), shape[-2], 1)  # some families cut between rows of the picture, none finer
-        return share * memory.part(degrees, image_tokens(self.plan, self.session.model, sides), self._heads, outside)
+        pieces = image_tokens(self.plan, self.session.model, sides)
+        replicas = {replica_speeds(self._speeds(degrees), degrees, replica) for replica in range(degrees.batch)}
+        return share * max(memory.part(degrees, pieces, self._heads, outside, speeds) for speeds in replicas)
 
     def make_room(self) -> None:
         """Have ComfyUI make room for whole steps on this card."""
@@ -134,19 +161,27 @@ class Split:
         rows = shape[0] * (1 if math.isclose(self.session.cfg, 1.0) else 2)
         tokens = image_tokens(self.plan, model, shape[2:])
         dtype = self.session.patcher.model.get_dtype_inference()
-        slowest = rate = gain.matrix_rate(device, dtype)
-        if gain.unlike([device, *map(torch.device, self.devices)]):
-            slowest = min(rate, self.group.slowest(dtype))
+        rate = gain.matrix_rate(device, dtype)
         work, degrees = gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens, options=options)
-        figures = work, degrees, rate, self.group.link(), slowest
+        shared = gain.reached(work, degrees, self._rates, self._heads) if self._rates else rate
+        figures = work, degrees, rate, self.group.link(), shared
         compiled = self.session.runner is not None and self.session.runner.compiled is not None
         launching = 0.0 if self.session.graph(options) else gain.COMPILED if compiled else gain.EAGER
         if gain.gain(*figures, launching=launching) > gain.WORTH:
             return ""
         if (times := gain.gain(*figures)) > gain.WORTH:
             return "This run is not split: the GPUs would wait for the processor, which launches a step no faster for several of them."
+        slowest = min(self._rates, default=rate)
         slow = f" with a GPU of {slowest / rate:.0%} of the first one's speed" if slowest < gain.UNEQUAL * rate else ""
         return f"This run is not split:{slow} on this link between the GPUs a step would take {1 / times:.2g} times as long."
+
+    def shares(self) -> list[int] | None:
+        """Percent of the tokens of its sequence that each rank had, where that went by speed; else None."""
+        found = [replica_speeds(self._speeds(self.used), self.used, replica) for replica in range(self.used.batch)]
+        if not any(found):
+            return None
+        replicas = [speeds or (1.0,) * self.used.sequence for speeds in found]
+        return [round(100 * speed / sum(speeds)) for speeds in replicas for speed in speeds]
 
     def _machine(self) -> Machine | None:
         """The measured link and memory that the exchange is planned by; None where it goes as it is."""
@@ -245,10 +280,12 @@ class Split:
         assert session.runner is not None
         ways = session.runner.override.ways.decide()
         alike = {"graph": graph, "kernels": self.kernels, "ways": ways, "patches": patches.marks(options), "whole": whole}
-        order = {
+        order: dict[str, Any] = {
             "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
             "shares": [{**alike, "part": part, "cache": step_data(step)} for part, step in zip(parts, steps, strict=True)],
         }
+        if (speeds := self._speeds(degrees)) is not None:
+            order["speeds"] = list(speeds)
         self.kernels = {}
         index, start, stop = shares[0]
         args, kwargs = model_calls[index].part(start, stop, patches.Together(session.runner.hooks).lead(model_calls[index].options))

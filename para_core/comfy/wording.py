@@ -33,7 +33,8 @@ def kind(request: Request) -> str:
 def ranks(report: dict[str, Any]) -> str:
     if report["ranks"] == 1:
         return "1 rank"
-    return f"{report['ranks']} ranks (batch x ring x ulysses = {' x '.join(map(str, report['degrees']))})"
+    degrees = f"{report['ranks']} ranks (batch x ring x ulysses = {' x '.join(map(str, report['degrees']))})"
+    return degrees + (f", tokens shared {' : '.join(map(str, report['shares']))} by the GPUs' speed" if report["shares"] else "")
 
 
 def cached(report: dict[str, Any]) -> str:

@@ -15,7 +15,8 @@ from functools import lru_cache
 import torch
 
 from ..plans.plan import Plan, check
-from ..sequence.mesh import Degrees, Link
+from ..sequence.layout import weighted
+from ..sequence.mesh import Degrees, Link, replica_speeds
 
 EFFICIENCY = 0.6
 """Share of the matrix rate that a whole forward reaches (FLUX.1-dev 1024², H100, bf16: 74 TFLOP in 180 ms at 700 TFLOP/s)."""
@@ -25,7 +26,9 @@ EAGER, COMPILED = 1.2e-3, 4e-4
 """Seconds that the processor needs to launch a block, which more ranks do not shorten (FLUX.1-dev eager beside an H100: 70 ms for
 57 blocks; compiled: an estimate). A CUDA graph needs none."""
 UNEQUAL = 0.9
-"""Speed of another GPU over the first one's, below which it is named where it is in the way."""
+"""Speed of a GPU over the fastest one's, below which shares are in proportion to speed."""
+GRAIN = 20
+"""Speeds are told in so many parts of the fastest one's: a measurement's noise changes no share."""
 LAUNCH = 5e-6
 """Seconds of a small kernel, its launch included."""
 QUANTISING, QUANTISING_COMPILED = (45.0, 26), (11.5, 200)
@@ -83,9 +86,51 @@ def seconds(work: Work, degrees: Degrees, rate: float, link: Link | None = None,
     return max(on_device, work.layers * launched)
 
 
-def gain(work: Work, degrees: Degrees, rate: float, link: Link, slowest: float | None = None, *, launching: float = 0.0) -> float:
-    """How many times faster a step on ``degrees`` should be than on one rank. ``slowest``: rate of the rank that all wait for."""
-    return seconds(work, Degrees(), rate, launching=launching) / seconds(work, degrees, slowest or rate, link, launching)
+def gain(work: Work, degrees: Degrees, rate: float, link: Link, shared: float | None = None, *, launching: float = 0.0) -> float:
+    """How many times faster a step on ``degrees`` should be than on one rank. ``shared``: see ``reached``, where ranks differ."""
+    return seconds(work, Degrees(), rate, launching=launching) / seconds(work, degrees, shared or rate, link, launching)
+
+
+@lru_cache(maxsize=64)
+def speeds(rates: tuple[float, ...], degrees: Degrees, heads: int) -> tuple[float, ...] | None:
+    """For the meshes of ``degrees``: speeds of all its ranks as parts of the fastest rank's; None where they are about equal.
+
+    rates: see ``matrix_rate``. Replicas whose attention would be done later than with even shares get such: ``heads`` are cut
+    whole, and under a ring in one way for all, which may suit no rank.
+    """
+    ranks = degrees.sequence
+    rounded = tuple(max(1, round(GRAIN * rate / max(rates))) / GRAIN for rate in rates)[: degrees.world]
+    if min(rounded) >= UNEQUAL * max(rounded):
+        return None
+    found: tuple[float, ...] = ()
+    for replica in range(degrees.batch):
+        by_speed, even = rounded[replica * ranks :][:ranks], (1.0,) * ranks
+        late, usual = (last(weights, by_speed, degrees.ulysses, heads)[1] for weights in (by_speed, even))
+        found += by_speed if late <= usual * (1 + 1e-9) else even
+    return found
+
+
+def reached(work: Work, degrees: Degrees, rates: tuple[float, ...], heads: int) -> float:
+    """Operations a second of each rank if all were alike and as soon done as ranks of ``rates`` with shares by ``speeds``.
+
+    A replica waits for its last rank in what goes by rows, and again in attention; the batch is shared evenly.
+    """
+    ranks, attention = degrees.sequence, 4.0 * work.tokens**2 * work.width * work.layers / work.operations
+    longest = 0.0
+    for replica in range(degrees.batch):
+        weights = replica_speeds(speeds(rates, degrees, heads), degrees, replica) or (1.0,) * ranks
+        by_rows, by_heads = last(weights, rates[replica * ranks :][:ranks], degrees.ulysses, heads)
+        longest = max(longest, (1 - attention) * by_rows + attention * by_heads)
+    return 1 / (ranks * longest)
+
+
+def last(weights: Sequence[float], rates: Sequence[float], ulysses: int, heads: int) -> tuple[float, float]:
+    """When a replica's last rank has done what goes by rows, and when attention, each of one operation shared by ``weights``."""
+    rows = [weight / sum(weights) for weight in weights]
+    cut = weighted(heads, [sum(rows[place::ulysses]) for place in range(ulysses)])
+    attended = [sum(rows[rank - rank % ulysses :][:ulysses]) * cut[rank % ulysses] / heads for rank in range(len(rows))]
+    by_rows, by_heads = (max(share / rate for share, rate in zip(shares, rates, strict=True)) for shares in (rows, attended))
+    return by_rows, by_heads
 
 
 def unlike(devices: Sequence[torch.device]) -> bool:
@@ -134,7 +179,7 @@ def memory_rate(device: torch.device, size: int = 1 << 26) -> float:
 def matrix_rate(device: torch.device, dtype: torch.dtype, side: int = 4096) -> float:
     """Operations a second of a square matrix product of ``side`` on a CUDA ``device``, measured once."""
     one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2.0 * side**3 / least_seconds(lambda: torch.mm(one, other), device)
+    return 2.0 * side**3 / least_seconds(lambda: torch.mm(one, other), device, repeats=100)  # a GPU at rest needs a while to speed up
 
 
 def least_seconds(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

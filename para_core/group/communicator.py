@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed import FileStore, PrefixStore, Store
 
-from ..sequence.mesh import Degrees, Mesh
+from ..sequence.mesh import Degrees, Mesh, replica_speeds
 from ..stopwatch import Exchanged
 from .codec import as_bytes
 from .gloo import Gloo
@@ -275,20 +275,21 @@ class Meshes:
 
     def __init__(self, world: Communicator):
         self.world = world
-        self._meshes: dict[Degrees, Mesh | None] = {}
+        self._meshes: dict[tuple[Degrees, tuple[float, ...]], Mesh | None] = {}
 
-    def mesh(self, degrees: Degrees) -> Mesh | None:
+    def mesh(self, degrees: Degrees, speeds: Sequence[float] = ()) -> Mesh | None:
         """This rank's mesh, or None if the degrees need fewer ranks. Every rank asks for the same meshes in the same order.
 
-        Raises ``ValueError`` if they need more ranks than there are.
+        speeds: of all ranks of ``world``, where they are unequal. Raises ``ValueError`` if they need more ranks than there are.
         """
         if degrees.world > self.world.size:
             raise ValueError(f"{degrees} need {degrees.world} ranks, there are {self.world.size}")
-        if degrees not in self._meshes:
-            self._meshes[degrees] = self._make(degrees) if self.world.rank < degrees.world else None
-        return self._meshes[degrees]
+        key = degrees, tuple(speeds)
+        if key not in self._meshes:
+            self._meshes[key] = self._make(*key) if self.world.rank < degrees.world else None
+        return self._meshes[key]
 
-    def _make(self, degrees: Degrees) -> Mesh:
+    def _make(self, degrees: Degrees, speeds: tuple[float, ...]) -> Mesh:
         part, place = divmod(self.world.rank, degrees.sequence)
         first = part * degrees.sequence
         row, column = divmod(place, degrees.ulysses)
@@ -296,6 +297,7 @@ class Meshes:
             sequence=self.world.split(range(first, first + degrees.sequence)),
             ulysses=self.world.split(range(first + row * degrees.ulysses, first + (row + 1) * degrees.ulysses)),
             ring=self.world.split(range(first + column, first + degrees.sequence, degrees.ulysses)),
+            speeds=replica_speeds(speeds, degrees, part),
         )
 
 

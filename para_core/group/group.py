@@ -315,15 +315,15 @@ class Group(Models):
                 self._link = measure(self._comm, self._device)
         return self._link
 
-    def slowest(self, dtype: torch.dtype) -> float:
-        """Operations a second of the slowest worker's matrix products, each measured once. Raises RankLost."""
+    def rates(self, dtype: torch.dtype) -> tuple[float, ...]:
+        """Operations a second of every worker's matrix products, by rank, each measured once. Raises RankLost."""
         with self._shared():
             asked = [member for member in self._members if dtype not in member.rates]
             for member in asked:
                 member.tell("rate", dtype_name(dtype))
             for member in asked:
                 member.rates[dtype] = self._reply(member, "rate", self.timeouts.load)
-        return min(member.rates[dtype] for member in self._members)
+        return tuple(member.rates[dtype] for member in self._members)
 
     def begin(self, **run: Any) -> None:
         """Sampling starts; ``run`` is told to every worker. Raises RankLost."""
@@ -347,7 +347,7 @@ class Group(Models):
                 member.tell("step", {"order": header, "layout": layout})
             self._comm.broadcast(buffer)
             degrees = Degrees(*order["degrees"])
-            mesh = self._meshes.mesh(degrees)
+            mesh = self._meshes.mesh(degrees, order.get("speeds", ()))
             assert mesh is not None, "rank 0 is in every mesh"
             yield mesh, self._comm.split(range(degrees.world))
             self._comm.settle()

@@ -252,7 +252,7 @@ class Worker:
         comm.broadcast(buffer)
         step = decode(order["order"], unpack(buffer, order["layout"]), self.device)
         degrees = Degrees(*step["degrees"])
-        mesh = meshes.mesh(degrees)
+        mesh = meshes.mesh(degrees, step.get("speeds", ()))
         if mesh is None:
             return
         replica = comm.rank // degrees.sequence

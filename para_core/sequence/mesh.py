@@ -70,6 +70,13 @@ class Degrees:
         return self.batch * self.sequence
 
 
+def replica_speeds(speeds: Sequence[float] | None, degrees: Degrees, replica: int) -> tuple[float, ...] | None:
+    """Of every rank's ``speeds`` (None: alike) those of a replica of ``degrees``, for its ``Mesh``; None where these are alike."""
+    first = replica * degrees.sequence
+    own = tuple(speeds[first : first + degrees.sequence]) if speeds else ()
+    return own if len(set(own)) > 1 else None
+
+
 @dataclass(frozen=True)
 class Link:
     """Between ranks: seconds that a collective takes whatever its size, and bytes a second that each rank sends."""

@@ -148,18 +148,15 @@ def test_a_run_is_not_split_where_launching_takes_longer_than_computing(comfy, m
 
 
 def test_a_run_is_not_split_with_a_card_for_which_the_others_would_wait(comfy, monkeypatch):
-    import torch
-
     from para_core.comfy import split
     from para_core.execution import gain
     from para_core.group.group import Group
     from para_core.settings import Accelerate
 
-    asked = []
     monkeypatch.setattr(gain, "matrix_rate", lambda device, dtype: 1e9)
     monkeypatch.setattr(split, "processors_of_their_own", lambda device: True)
     monkeypatch.setattr(gain, "unlike", lambda devices: len(devices) == 2)
-    monkeypatch.setattr(Group, "slowest", lambda self, dtype: asked.append(dtype) or 2e8)
+    monkeypatch.setattr(Group, "rates", lambda self, dtype: (2e7,))
     _, report = inprocess.run(inprocess.load("flux"), JOB, Accelerate(gpus=2, cache="off"))
-    assert asked == [torch.float32] and report["ranks"] == 1
-    assert any("with a GPU of 20% of the first one's speed" in note for note in report["notes"])
+    assert report["ranks"] == 1 and report["shares"] is None
+    assert any("with a GPU of 2% of the first one's speed" in note for note in report["notes"])

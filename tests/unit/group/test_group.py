@@ -23,7 +23,7 @@ def test_a_communicator_that_was_lost_is_gone_before_its_step_is_computed_again(
     assert events == ended
 
 
-def test_the_slowest_worker_is_known_and_each_is_asked_once():
+def test_the_rate_of_every_worker_is_known_by_rank_and_each_is_asked_once():
     group = Group(Path("none"), lambda *_: {})
     asked: list[tuple[int, str, str]] = []
 
@@ -32,6 +32,6 @@ def test_the_slowest_worker_is_known_and_each_is_asked_once():
             asked.append((self.rank, kind, payload))
             self.replies.put((kind, 1e14 * self.rank))
 
-    group._members = [Asked(rank, f"cuda:{rank}", SimpleNamespace()) for rank in (2, 1)]  # type: ignore[arg-type]
-    assert [group.slowest(torch.bfloat16) for _ in range(2)] == [1e14, 1e14]
-    assert asked == [(2, "rate", "bfloat16"), (1, "rate", "bfloat16")]
+    group._members = [Asked(rank, f"cuda:{rank}", SimpleNamespace()) for rank in (1, 2)]  # type: ignore[arg-type]
+    assert [group.rates(torch.bfloat16) for _ in range(2)] == [(1e14, 2e14)] * 2
+    assert asked == [(1, "rate", "bfloat16"), (2, "rate", "bfloat16")]
