@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import comfy.samplers
 import torch
 
 
@@ -112,3 +113,21 @@ class Lanes:
     def _check(lane: _Lane) -> None:
         if lane.error is not None:
             raise lane.error
+
+
+def separate(conds: list, x_in: torch.Tensor, timestep: torch.Tensor) -> list[list[int]]:
+    """Indices of the conditions that run now, grouped by what ComfyUI would put into one batch."""
+    groups: list[tuple[list[int], list]] = []
+    for index, entries in enumerate(conds):
+        active = [comfy.samplers.get_area_and_mult(entry, x_in, timestep) for entry in entries or () if "default" not in entry]
+        active = [entry for entry in active if entry is not None]
+        if not active:
+            continue
+        merged, apart = ([index], active), []
+        for indices, others in groups:
+            if any(comfy.samplers.can_concat_cond(one, other) for one in active for other in others):
+                merged = (indices + merged[0], others + merged[1])
+            else:
+                apart.append((indices, others))
+        groups = [*apart, merged]
+    return [sorted(indices) for indices, _ in groups]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.sampler_helpers
-import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
@@ -28,6 +27,7 @@ from ..sequence.mesh import Degrees, replica_speeds
 from . import calls, patches, sidecars
 from .calls import ModelCall
 from .estimate import Estimate
+from .lanes import separate
 from .model import Unshareable
 
 if TYPE_CHECKING:
@@ -381,33 +381,7 @@ def step_data(step: Step | None) -> dict[str, Any] | None:
     """A cache step as plain data for the channel; ``worker.Run`` puts it together again."""
     if step is None:
         return None
-    return {
-        "sigma": step.sigma,
-        "threshold": step.threshold,
-        "chunks": [[chunk.key, chunk.index, chunk.start, chunk.stop] for chunk in step.chunks],
-        "count": step.count,
-        "compare": step.compare,
-        "may_hit": step.may_hit,
-        "order": step.order,
-    }
-
-
-def separate(conds: list, x_in: torch.Tensor, timestep: torch.Tensor) -> list[list[int]]:
-    """Indices of the conditions that run now, grouped by what ComfyUI would put into one batch."""
-    groups: list[tuple[list[int], list]] = []
-    for index, entries in enumerate(conds):
-        active = [comfy.samplers.get_area_and_mult(entry, x_in, timestep) for entry in entries or () if "default" not in entry]
-        active = [entry for entry in active if entry is not None]
-        if not active:
-            continue
-        merged, apart = ([index], active), []
-        for indices, others in groups:
-            if any(comfy.samplers.can_concat_cond(one, other) for one in active for other in others):
-                merged = (indices + merged[0], others + merged[1])
-            else:
-                apart.append((indices, others))
-        groups = [*apart, merged]
-    return [sorted(indices) for indices, _ in groups]
+    return {**vars(step), "chunks": [[chunk.key, chunk.index, chunk.start, chunk.stop] for chunk in step.chunks]}
 
 
 @contextmanager
