@@ -21,7 +21,6 @@ TITLES = {
     "cogvideox-5b": "CogVideoX-5B, 720 x 480, 49 frames",
     "defaults": "FLUX.1-dev, 1024 x 1024, from its file, ComfyUI's default settings",
 }
-RESULTS = "https://github.com/paradit/paradit/blob/main/tests/bench/RESULTS.md"  # tests are not published
 KERNELS = ("pytorch", "cudnn", "flash", "sage", "sage3", "comfy-kitchen")
 BAR = 12  # characters that stand for stock's speed
 Found = list[tuple[dict[str, str], str, list[Row]]]
@@ -185,7 +184,7 @@ def bars(records: list[Record]) -> Iterator[str]:
                     bar = "█" * max(1, round(BAR * row["over_stock"]))
                     way = re.sub(r"(\d+) ranks?", lambda count: f"{count[1]} GPU{'s' if count[1] != '1' else ''}", row["way"])
                     yield line(way, f"{row['step_ms']:.1f}", f"`{bar}` {row['over_stock']:.2f}")
-    yield from ("", f"Measured by `python tests/bench/bench.py`; all tables are in [RESULTS.md]({RESULTS}), records beside it.")
+    yield from ("", "Measured by `python tests/bench/bench.py`; all tables are in [RESULTS.md](tests/bench/RESULTS.md), records beside it.")
     if not several:
         yield from ("", "Nothing was measured on several GPUs yet.")
 
