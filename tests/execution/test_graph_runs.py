@@ -146,6 +146,9 @@ def test_a_group_that_breaks_down_takes_its_captures_along(card, monkeypatch):
         def make_room(self) -> None:
             alive.append(left(card))
 
+        def shares(self) -> None:
+            """As even ones are reported."""
+
     original = Session.open
 
     def opened(session: Session) -> None:
