@@ -17,7 +17,7 @@ Laps = Callable[[Sequence[Callable[[], object]]], list[float]]
 """Runs calls one after the other -> milliseconds of each."""
 
 WARM = 150.0
-"""Milliseconds of rounds that do not count: the time in which power limits a card's clock (H100: within 60 ms of full load)."""
+"""Milliseconds of rounds that do not count: for power to limit the card's clock."""
 SPENT = 250.0
 """Milliseconds of rounds that count."""
 FEWEST, MOST = 3, 1000

@@ -35,7 +35,7 @@ _DTYPES = {
     torch.bfloat16: 9,
 }
 
-_SPIN = 0.001  # seconds for which a call in progress is looked at without a pause: NCCL's thread needs some 0.00005 to launch
+_SPIN = 0.001  # seconds for which a call in progress is looked at without a pause: NCCL's thread should have launched long before
 _POLL = 0.0002  # seconds between later looks
 _ENDED = 2.0  # seconds that ``close`` waits for an aborted communicator to be gone
 
