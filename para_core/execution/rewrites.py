@@ -175,11 +175,12 @@ def quiet(first: Node, last: Node) -> bool:
 
 
 def erase(graph: Graph, node: Node) -> None:
-    """Remove ``node`` if nothing uses it, and then likewise what only it used. Nothing else: methods may write in place."""
-    replaced = (F.linear, F.gelu, torch.cat, operator.getitem)
-    if node.users or node.op != "call_function" or node.target not in replaced and rotation(node) is None:
-        return
+    """Remove a node that has been replaced, and then what only it used, which has been replaced with it.
+
+    torch's own removal of dead code would also take methods that write in place.
+    """
     inputs = node.all_input_nodes
     graph.erase_node(node)
     for each in inputs:
-        erase(graph, each)
+        if not each.users:
+            erase(graph, each)
