@@ -5,6 +5,8 @@
     python bench.py peers        the same of diffusers and cache-dit, where they are installed
     python bench.py attention    every kernel on the shapes of these models, and what is chosen there
     python bench.py cache        a step with a cache that never hits against one without; a cached step against a full one
+    python bench.py profile      where the time of a step goes: kernels by what they are for
+    python bench.py share        one rank's part of a step of several, on one card; messages only take the time of a link
     python bench.py group        start of a group of two ranks, and the model's way to the second one
     python bench.py report       writes the tables of RESULTS.md and the README's bars from the records
     python bench.py quality      pictures of every way of saving work beside those of the uncached run (see quality.py);
@@ -33,7 +35,8 @@ import pages  # noqa: E402
 from env import comfy_import  # noqa: E402
 from record import RECORDS, Record, Stale, machine  # noqa: E402
 
-COMMANDS = ("overhead", "attention", "group", "steps", "peers", "cache")
+COMMANDS = ("overhead", "attention", "group", "steps", "peers", "cache", "profile", "share")
+BY_MODEL = ("steps", "peers", "profile", "share")
 MODELS = "flux-1024,flux-2048,wan-480p,defaults"
 ATTEMPTS = 6  # processes that one part may end
 STALE = 3  # exit status of a part that may not add to the record
@@ -62,8 +65,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few repeats and tiny models: only shows that the command works")
     parser.add_argument("--cpu", action="store_true", help="without CUDA, where there is a card")
     parser.add_argument("--models", help=f"for steps and peers: which, separated by commas ({MODELS})")
-    parser.add_argument("--backends", help="for steps: attention backends (exact,auto)")
-    parser.add_argument("--modes", help="for steps: how blocks run (off,compile+graph)")
+    parser.add_argument("--backends", help="for steps, profile and share: attention backends (exact,auto)")
+    parser.add_argument("--modes", help="for steps, cache, profile and share: how blocks run (off,compile+graph)")
     parser.add_argument("--out", type=Path, help="folder for the JSON record (default: records/, a temporary one with --quick)")
     parser.add_argument("--resume", type=Path, metavar="RECORD", help="leave out the rows of this record, and write it with the others")
     parser.add_argument("--commit", default="", help="what is measured, where git cannot tell")
@@ -127,8 +130,8 @@ def parts(options: argparse.Namespace) -> list[str]:
     """What one process measures: a table, or a case of one. With ``--quick`` one process does it all."""
     found = []
     for what in options.what:
-        cases = options.models.split(",") if what in ("steps", "peers") else [""]
-        found += [f"{what}:{case}" for case in cases]
+        cases = options.models.split(",") if what in BY_MODEL else [""]
+        found += [f"{what}:{case}" for case in cases if case != "defaults" or what == "steps"]
     return [",".join(found)] if options.quick else found
 
 
@@ -216,6 +219,14 @@ def table(record: Record, what: str, case: str, options: argparse.Namespace) -> 
         import steps
 
         steps.measure(record, case, options, options.folder)
+    elif what == "profile":
+        import kernel_times
+
+        kernel_times.measure(record, case, options)
+    elif what == "share":
+        import lone_rank
+
+        lone_rank.measure(record, case, options)
     elif what == "attention":
         import attention_kernels
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +76,13 @@ class Run:
         return statistics.median(self.seconds)
 
 
-def sample(model: comfy.model_patcher.ModelPatcher, case: Case, *, steps: int = 0) -> Run:
+def sample(
+    model: comfy.model_patcher.ModelPatcher, case: Case, *, steps: int = 0, watch: Callable[[int], None] = lambda _step: None
+) -> Run:
     """Sample with ComfyUI's own function. Nobody waits for the device between steps, as in ComfyUI: it tells the time itself.
 
     Only before the last step the device has nothing left to do: that step is not timed, its forward is launched unhindered.
+    ``watch`` is told the number of every step that has been launched.
     """
     generator = torch.Generator().manual_seed(1)
     context = torch.randn(1, *case.text, generator=generator)
@@ -94,6 +97,7 @@ def sample(model: comfy.model_patcher.ModelPatcher, case: Case, *, steps: int = 
             torch.cuda.reset_peak_memory_stats()
         if cuda and len(marks) == steps - 1:
             torch.cuda.synchronize()
+        watch(len(marks) - 1)
 
     with torch.inference_mode(), launching() as launches, reports() as lines:
         latents = comfy.sample.sample(

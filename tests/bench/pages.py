@@ -22,6 +22,8 @@ TITLES = {
     "defaults": "FLUX.1-dev, 1024 x 1024, from its file, ComfyUI's default settings",
 }
 KERNELS = ("pytorch", "cudnn", "flash", "sage", "sage3", "comfy-kitchen")
+KINDS = ("matrices", "attention", "element by element", "copies", "messages")
+SHOWN = 6  # kernels that are named
 BAR = 12  # characters that stand for stock's speed
 Found = list[tuple[dict[str, str], str, list[Row]]]
 """Machine, case and rows."""
@@ -59,7 +61,8 @@ def pages(records: list[Record]) -> dict[str, str]:
 
 def results(records: list[Record]) -> str:
     """Every table, of the newest of ``records`` that has it."""
-    return "\n".join([*step_tables(records), *attention_table(records), *cache_tables(records), *group_table(records)]).strip()
+    kinds = step_tables, attention_table, cache_tables, profile_tables, share_tables, group_table
+    return "\n".join(text for tables in kinds for text in tables(records)).strip()
 
 
 def newest(records: list[Record], table: str, order: list[str] | None = None) -> Found:
@@ -165,6 +168,32 @@ def group_table(records: list[Record]) -> Iterator[str]:
             yield from table("", "seconds", "GB", "GB/s", "remark")
             for row in rows:
                 yield line(row["way"], *(row.get(key) for key in ("seconds", "gb", "gb_a_second")), remark(row))
+
+
+# -- where the time goes ----------------------------------------------------------------------------------------------------
+
+
+def profile_tables(records: list[Record]) -> Iterator[str]:
+    for machine, case, rows in newest(records, "profile", list(TITLES)):
+        yield from ("", f"### Where the time goes: {TITLES[case]}, ms a step under a profiler, one GPU", "", where(machine), "")
+        yield from table("way", *KINDS, "the longest kernels: times x ms in all", "remark")
+        for row in rows:
+            longest = ", ".join(f"`{short(name)}` {times} x {ms:g}" for name, times, ms in row.get("longest", [])[:SHOWN])
+            yield line(row["way"], *(row.get("kinds_ms", {}).get(kind) for kind in KINDS), longest, remark(row))
+
+
+def short(name: str) -> str:
+    """A kernel's name without its types."""
+    return re.split(r"[<(]", name.removeprefix("void "))[0][:60]
+
+
+def share_tables(records: list[Record]) -> Iterator[str]:
+    for machine, case, rows in newest(records, "share", list(TITLES)):
+        yield from ("", f"### One rank's part of a step on one card: {TITLES[case]}", "", where(machine), "")
+        yield from table("way", "ms", "spread", "efficiency", "launched after ms", *KINDS, "remark")
+        for row in rows:
+            times = [row.get(name) for name in ("step_ms", "spread_ms", "efficiency", "launch_ms")]
+            yield line(row["way"], *times, *(row.get("kinds_ms", {}).get(kind) for kind in KINDS), remark(row))
 
 
 # -- the README -------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Record:
 
 def test_every_command_runs_and_no_row_of_it_fails(quick: Record) -> None:
     assert {table: [row.get("failed") for row in rows if "failed" in row] for table, rows in quick.tables.items()} == {
-        name: [] for name in ("overhead", "steps", "attention", "cache", "group")
+        name: [] for name in ("overhead", "steps", "attention", "cache", "group", "profile", "share")
     }
     ways = {(row["case"], row["way"]): row for row in quick.tables["steps"]}
     assert list(ways) == [
@@ -51,6 +51,8 @@ def test_every_command_runs_and_no_row_of_it_fails(quick: Record) -> None:
     assert ways["flux-1024", "2 ranks, exact, off"]["ranks"] == 2
     assert all(row["error"] < 1e-5 and 0 < row["launch_ms"] and 0 < row["step_ms"] for row in ways.values())
     assert all(row["over"] == 1 and row["remembered"] for row in quick.tables["attention"] if row["way"] in ("auto", "exact"))
+    assert all(row["kinds_ms"]["matrices"] > 0 and row["longest"] for name in ("profile", "share") for row in quick.tables[name])
+    assert [row["ranks"] for row in quick.tables["share"]] == [1, 2, 2]
     hits = [row for row in quick.tables["cache"] if row["way"].startswith("hit")]
     assert hits and all(row["cached_steps"] >= 3 for row in hits)
     assert quick.machine["commit"] == "one" and {row["memory"] for row in quick.tables["steps"]} == {"CPU"}
