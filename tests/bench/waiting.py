@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nanoseconds"])  # each length would be compiled anew
 def wait(nanoseconds):
     begin = globaltimer()
     now = begin
