@@ -30,7 +30,7 @@ from ..sequence.mesh import Degrees
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
-from . import accelerate, calls, compiling, reports, sidecars, static, windows
+from . import accelerate, calls, compiling, reports, resident, sidecars, static, windows
 from .calls import ModelCall
 from .forecasting import Forecaster
 from .lanes import Call, Lanes
@@ -116,6 +116,8 @@ class Session:
             self._install(chooser, caching, devices)
         if self.runner is not None or self.attention is not None:
             options[calls.OVERRIDE] = self.runner.override if self.runner is not None else AttentionOverride(chooser, None)
+        if self.used:
+            self._wrap(WrappersMP.SAMPLER_SAMPLE, self.keep_conditions)
         # also where nothing else is ours: then the forwards are only timed
         forward: Callable = self.forward
         if calls.compiled_elsewhere(options):
@@ -172,8 +174,17 @@ class Session:
             self.split = Split(self, plan, devices)
             self._undo.insert(0, self.split.stop)  # last: until captures have gone, a communicator that was lost does not end
             for place, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
-                add_wrapper_with_key(place, KEY, wrapper, self.options, is_model_options=True)
-                self._undo.append(partial(self.options["transformer_options"]["wrappers"][place].pop, KEY, None))
+                self._wrap(place, wrapper)
+
+    def _wrap(self, place: str, wrapper: Callable) -> None:
+        """Have ComfyUI call ``wrapper`` at that place of the run."""
+        add_wrapper_with_key(place, KEY, wrapper, self.options, is_model_options=True)
+        self._undo.append(partial(self.options["transformer_options"]["wrappers"][place].pop, KEY, None))
+
+    def keep_conditions(self, executor, guider, *args, **kwargs):
+        """SAMPLER_SAMPLE wrapper: the conditions have been prepared for this run, the first step comes next."""
+        resident.keep(guider.conds, self.patcher.load_device)
+        return executor(guider, *args, **kwargs)
 
     def _compiles(self) -> bool:
         """Whether blocks are compiled in this run; what stands against it is said."""

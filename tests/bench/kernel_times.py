@@ -59,18 +59,29 @@ def profiled(model: ModelPatcher, case: Case) -> Row:
     cases.sample(model, case, steps=steps, watch=look)
     by_kind: Counter[str] = Counter()
     by_name: dict[str, list[float]] = {}
+    busy: list[tuple[float, float]] = []
     for event in watch.events():
         if (event.device_type == DeviceType.CUDA) != cuda:
             continue
         microseconds = event.device_time_total if cuda else event.self_cpu_time_total
         by_kind[kind(event.name)] += microseconds
+        busy.append((event.time_range.start, event.time_range.end))
         found = by_name.setdefault(event.name[:80], [0, 0.0])
         found[0], found[1] = found[0] + 1, found[1] + microseconds
     longest = sorted(by_name.items(), key=lambda item: -item[1][1])[:SHOWN]
     return {
         "kinds_ms": {name: round(value / 1e3 / STEPS, 2) for name, value in by_kind.most_common()},
+        "idle_ms": round(idle(busy) / 1e3 / STEPS, 2),
         "longest": [[name, round(count / STEPS), round(value / 1e3 / STEPS, 2)] for name, (count, value) in longest],
     }
+
+
+def idle(busy: list[tuple[float, float]]) -> float:
+    """What lies between the first and the last of these spans and in none of them."""
+    free, reached = 0.0, min((start for start, _ in busy), default=0.0)
+    for start, end in sorted(busy):
+        free, reached = free + max(0.0, start - reached), max(reached, end)
+    return free
 
 
 def kind(name: str) -> str:
