@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity.inprocess import Job, load, reports, sample
+from parity.inprocess import Job, error, load, reports, sample
 
 
 def test_every_kind_of_tensor_goes_to_the_device_and_the_rest_stays(comfy: None) -> None:
@@ -41,7 +41,7 @@ def test_a_run_moves_its_own_conditions_before_the_first_step(comfy: None, monke
     stock = sample(model, job)
     assert not seen, "runs without this pack's nodes are left alone"
     with reports() as lines:
-        assert torch.equal(sample(attach(model, Attention("exact")), job), stock) and lines
+        assert error(sample(attach(model, Attention("exact")), job), stock) < 1e-5 and lines
     ((conditions, device),) = seen
     assert device == model.load_device and set(conditions) == {"positive", "negative"}
     assert all("c_crossattn" in condition["model_conds"] for own in conditions.values() for condition in own)
