@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -75,19 +76,25 @@ class ModelCall:
         self.rows = self.latents[0].shape[0]
         self.options: dict[str, Any] = self.arguments.get("transformer_options") or {}
         self.chunks = max(1, len(self.options.get("cond_or_uncond", ())))
+        self.before: Mapping[Hashable, int] = {}  # how often earlier calls of the same evaluation had a condition
+
+    @cached_property
+    def conditions(self) -> list[Hashable]:
+        """Each condition's uuid, or its place where a caller sets none.
+
+        Guidance that runs a condition again with blocks patched (skipped, perturbed) asks for another result, so the patches
+        count too, and so does the context window.
+        """
+        uuids = self.options.get("uuids")
+        found: list[Hashable] = list(uuids) if uuids is not None and len(uuids) == self.chunks else list(range(self.chunks))
+        other = (*patches(self.options), *windows.frames(self.options))
+        return [(key, other) for key in found] if other else found
 
     @cached_property
     def keys(self) -> list[Hashable]:
-        """What identifies each condition from step to step: its uuid, or its place where a caller sets none.
-
-        Guidance that runs a condition again with blocks patched (skipped, perturbed) asks for another result, so the patches
-        count too, and so do the context window, and the place of a condition that stands twice in a call.
-        """
-        uuids = self.options.get("uuids")
-        keys: list[Hashable] = list(uuids) if uuids is not None and len(uuids) == self.chunks else list(range(self.chunks))
-        other = (*patches(self.options), *windows.frames(self.options))
-        marks = [(*other, *keys[:index].count(key) * ("again",)) for index, key in enumerate(keys)]
-        return [(key, mark) if mark else key for key, mark in zip(keys, marks, strict=True)]
+        """What identifies each condition from step to step, those apart that are asked for more than once in an evaluation."""
+        turns = [self.before.get(key, 0) + self.conditions[:index].count(key) for index, key in enumerate(self.conditions)]
+        return [(key, "again", turn) if turn else key for key, turn in zip(self.conditions, turns, strict=True)]
 
     @cached_property
     def sigma(self) -> float:
@@ -133,6 +140,28 @@ class ModelCall:
         arguments = Arguments(self.parameters, args, kwargs)
         arguments.put("transformer_options", options)
         return tuple(arguments.args), arguments.kwargs
+
+
+class Evaluation:
+    """One evaluation of the model by the sampler, which may ask for one condition several times.
+
+    ComfyUI gives the negative prompt a copy of every area of the positive one, uuid included. Other code looks at a condition
+    again with a changed latent, or goes over the picture in tiles.
+    """
+
+    def __init__(self) -> None:
+        self._sigmas: Any = None  # samplers make a tensor for every evaluation; kept, so that no other has its id
+        self._level = 0.0
+        self._asked: Counter[Hashable] = Counter()
+
+    def count(self, model_calls: Sequence[ModelCall]) -> None:
+        """Tell ``model_calls`` what was asked for before them."""
+        sigmas, level = model_calls[0].options.get("sigmas"), model_calls[0].sigma
+        if sigmas is None or sigmas is not self._sigmas or level != self._level:  # a sampler may write its levels into one tensor
+            self._sigmas, self._level, self._asked = sigmas, level, Counter()
+        for call in model_calls:
+            call.before = Counter(self._asked)
+            self._asked.update(call.conditions)
 
 
 def form(value: Any, rows: int) -> Hashable:

@@ -72,6 +72,7 @@ class Session:
             self.patcher = static.copy(self.patcher, self.notes.say)
         self.model: torch.nn.Module = self.patcher.model.diffusion_model
         self.names = calls.names(self.model)
+        self.evaluation = calls.Evaluation()
         self.lanes = Lanes()
         self.split: Split | None = None
         self.runner: Runner | None = None
@@ -286,6 +287,8 @@ class Session:
     def step(self, together: list[Call]) -> list[Any]:
         """Results of model calls that stock code makes one after the other and that may be computed at once."""
         model_calls = [ModelCall(call, self.names) for call in together]
+        if self.decisions is not None:
+            self.evaluation.count(model_calls)
         records = self.decisions.records if self.decisions is not None else []
         with self.meter.visit(model_calls[0].options.get("sigmas"), len(together), records) as visit:
             results = self.forecaster.answer(model_calls) if self.forecaster is not None else None

@@ -1,0 +1,103 @@
+"""Conditions that are asked for more than once in a step: each time has a memory of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from parity.inprocess import Job, error, load, run, sample
+
+from para_core.settings import Cache, Parallel
+
+pytestmark = pytest.mark.usefixtures("comfy")
+TOLERANCE = 1e-5  # relative, per forward, float32
+SMALL = Job("flux_small", (8, 12), steps=10)
+RULES = {"classic": Cache(0.2), "forecast": Cache(2.0, rule="forecast")}
+
+
+def looks_again(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A clone that computes the prompt a second time in every step, for a changed latent, as Self-Attention Guidance does."""
+    import comfy.samplers
+
+    def post_cfg(args: dict[str, Any]) -> torch.Tensor:
+        again = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], change(args["input"]), args["sigma"], args["model_options"])
+        assert again[0].isfinite().all()
+        return args["denoised"]
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(post_cfg)
+    return model
+
+
+def in_tiles(model: Any) -> Any:
+    """A clone whose model sees the left and the right half of every latent one after the other."""
+
+    def wrapper(apply: Any, args: dict[str, Any]) -> torch.Tensor:
+        halves = args["input"].chunk(2, dim=3)
+        return torch.cat([apply(half, args["timestep"], **args["c"]) for half in halves], dim=3)
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_second_look_with_another_latent_changes_nothing_of_what_is_cached(rule: str, ranks: int) -> None:
+    model, settings = load("flux_small"), (RULES[rule], Parallel(ranks))
+    expected, alone = run(model, SMALL, *settings)
+    result, report = run(looks_again(model, lambda latent: latent.flip(2) * 1.01), SMALL, *settings)
+    assert alone["cached"] >= 2 and torch.equal(result, expected)
+    assert report["changes"][::2] == alone["changes"] and report["forwards"] == 2 * alone["forwards"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_tiles_are_not_taken_for_each_other(rule: str) -> None:
+    """Each half is cached as if it were a picture of its own."""
+    model = load("flux_small")
+    _, report = run(in_tiles(model), SMALL, RULES[rule])
+    left, right = report["changes"][::2], report["changes"][1::2]
+    assert left[0][1] == right[0][1] == [None] and report["cached"] >= 2
+    assert all(not hit for *_, hit in (left[0], right[0]))
+
+
+def test_a_sampler_that_writes_all_levels_into_one_tensor_is_cached_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy.k_diffusion import sampling
+
+    def euler(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict, callback: Any, disable: bool, one: bool) -> torch.Tensor:
+        level = x.new_empty(len(x))
+        for index, (sigma, after) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+            denoised = model(x, level.fill_(sigma) if one else sigma * x.new_ones(len(x)), **extra_args)
+            callback({"x": x, "i": index, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+            x = x + (x - denoised) / sigma * (after - sigma)
+        return x
+
+    found = []
+    for one in (False, True):
+        monkeypatch.setattr(sampling, "sample_euler", lambda *args, one=one, **kwargs: euler(*args, **kwargs, one=one))
+        found.append(run(load("flux_small"), SMALL, RULES["classic"], callback=lambda *_: None))
+    (expected, _), (result, report) = found
+    assert report["cached"] >= 2 and torch.equal(result, expected)
+
+
+class Regional(Job):
+    """The prompt has an area of its own beside the whole picture."""
+
+    def conditioning(self, seed: int, tokens: int, **extra: Any) -> list:
+        whole = super().conditioning(seed, tokens, **extra)
+        area = {"area": (8, 6, 0, 3), "strength": 1.0}
+        return whole if seed == 12 else [*whole, *super().conditioning(seed + 1, tokens, **extra, **area)]
+
+
+@pytest.mark.parametrize("ranks, threshold", [(1, 1e-9), (1, 1e9), (2, 1e-9)])
+def test_an_area_and_the_negative_prompt_s_copy_of_it_are_not_taken_for_each_other(ranks: int, threshold: float) -> None:
+    """Texts of unequal lengths: ComfyUI computes both by themselves, under one uuid."""
+    job = Regional("flux_small", (8, 12), cfg=5.0, tokens=(11, 7), steps=4)
+    result, report = run(load("flux_small"), job, Cache(threshold), Parallel(ranks))
+    if threshold < 1:
+        assert error(result, sample(load("flux_small"), job)) < TOLERANCE * report["forwards"]
+    assert report["forwards"] == 4 * job.steps or ranks > 1
+    unknown = [changes for _, changes, _ in report["changes"] if None in changes]
+    assert sum(map(len, unknown)) == 4, "after the first step each of the four is compared with itself"
