@@ -122,7 +122,7 @@ class Session:
         # also where nothing else is ours: then the forwards are only timed
         forward: Callable = self.forward
         if calls.compiled_elsewhere(options):
-            if self.runner is None and self.attention is None:
+            if not self.used:
                 return
             self.notes.say("What Torch Compile Model compiles runs uncompiled here; the node Compile Blocks does it with this pack.")
             forward = torch.compiler.disable(self.forward_uncompiled)

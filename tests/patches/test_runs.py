@@ -163,6 +163,15 @@ def test_run_with_nodes_of_others_equals_stock(ranks: int, name: str) -> None:
 UNSEEN = "First Block Cache does not skip anything with"
 
 
+def test_steps_of_a_model_that_another_node_compiles_are_foretold_like_those_of_others() -> None:
+    job, cache = FLUX.but(steps=8), Cache(3.0, rule="forecast")
+    expected, alone = run(load(job.kind), job, cache)
+    result, report = run(compiled("diffusion_model")(load(job.kind)), job, cache)
+    assert report["cached"] == alone["cached"] > 0 and error(result, expected) < TOLERANCE * job.steps
+    (note,) = report["notes"]
+    assert note.startswith(UNCOMPILED)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["nag", "skip layers", "between blocks of wan", "blocks run twice", "override on wan"])
 def test_cache_follows_code_that_it_can_judge_and_says_so_of_the_rest(name: str, ranks: int) -> None:
