@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Hashable
 from functools import partial
 from pathlib import Path
@@ -61,7 +62,7 @@ class Session:
         self.guider, self.patcher = guider, guider.model_patcher
         self.options: dict[str, Any] = guider.model_options
         self.notes = Notes()
-        self.cfg = float(getattr(guider, "cfg", 1.0))
+        self.guided = guided(guider)
         settings = accelerate.fill(self.options.get(KEY, {}), self.patcher, steps=steps, say=self.notes.say)
         self.earlier: list[str] = settings.get("notes", [])
         self.parallel: Parallel | None = settings.get("Parallel")
@@ -394,6 +395,15 @@ class Session:
         """Keep what the cache did in the step that has just run."""
         if shapes and self.decisions is not None and self.runner is not None and self.runner.cache is not None:
             self.decisions.record(shapes, call.sigma, self.runner.cache.changes, self.runner.cache.hit)
+
+
+def guided(guider: comfy.samplers.CFGGuider) -> bool:
+    """Whether steps have more conditions than the prompt. Guiders of other packs may keep a schedule instead of one number."""
+    cfg = getattr(guider, "cfg", 1.0)
+    try:
+        return not math.isclose(float(cfg), 1.0)
+    except (TypeError, ValueError):
+        return True
 
 
 def remembered(device: torch.device) -> Timings:

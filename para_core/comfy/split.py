@@ -127,7 +127,7 @@ class Split:
         single = min(rows, self._estimate.rows)
         separable = {rows: rows, single: single} if self.plan.coupled is None else {rows: 1, single: 1}
         amounts = [self._amount(self.degrees(apart, options=options), together, shape) for together, apart in separable.items()]
-        if not math.isclose(self.session.cfg, 1.0):
+        if self.session.guided:
             lanes = range(2, self._estimate.conditions + 1)
             amounts += [single * self._amount(self.degrees(width, options=options), 1, shape) for width in lanes]
         return min(1.0, max(amounts) / rows)
@@ -158,7 +158,7 @@ class Split:
         if self.session.foreign:
             return f"This run is not split: the first GPU would compute attention for all, by {self.session.foreign}."
         options = self.session.options["transformer_options"]
-        rows = shape[0] * (1 if math.isclose(self.session.cfg, 1.0) else 2)
+        rows = shape[0] * (2 if self.session.guided else 1)
         tokens = image_tokens(self.plan, model, shape[2:])
         dtype = self.session.patcher.model.get_dtype_inference()
         rate = gain.matrix_rate(device, dtype)
@@ -355,8 +355,8 @@ def image_tokens(plan: Plan, model: torch.nn.Module, sides: Sequence[int]) -> in
 def shortest(plan: Plan, model: torch.nn.Module, call: ModelCall) -> int:
     """Length of the shortest segment of a call; references and the like, which make the image's longer, are not counted."""
     found = [image_tokens(plan, model, call.latents[0].shape[2:])]
-    if plan.text is not None:
-        found.append(call.arguments.get(plan.text).shape[1])
+    if plan.text is not None and (text := call.arguments.get(plan.text)) is not None:
+        found.append(text.shape[1])
     if plan.fewest is not None:
         found.append(plan.fewest(model, call.latents, call.arguments.get) or found[0])
     return min(found)

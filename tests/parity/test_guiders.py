@@ -1,0 +1,84 @@
+"""Guiders of core and of other packs: what they keep and ask for must not matter to a split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from parity import inprocess
+from parity.inprocess import Job, error, load, noise
+
+from para_core.settings import Cache, Parallel
+
+pytestmark = pytest.mark.usefixtures("comfy")
+TOLERANCE = 1e-5  # relative, per forward, float32
+JOB = Job("flux_small", cfg=3.0, tokens=(11, 7))
+SIGMAS = torch.tensor([1.0, 0.6, 0.0])
+
+
+def latent(guider: Any) -> torch.Tensor:
+    import comfy.samplers
+
+    start = noise(1, 16, *JOB.size)
+    with torch.inference_mode():
+        return guider.sample(start, torch.zeros_like(start), comfy.samplers.sampler_object("euler"), SIGMAS, disable_pbar=True, seed=1)
+
+
+def split_like_stock(guider: Any, *settings: Any) -> dict[str, Any]:
+    """The run line of ``guider(model)`` over two ranks, whose result must be that of stock."""
+    expected = latent(guider(load(JOB.kind)))
+    with inprocess.reports() as lines:
+        result = latent(guider(inprocess.attached(load(JOB.kind), Parallel(2, batch_degree=2), *settings)))
+    (report,) = lines
+    assert report["ranks"] == 2 and not any("one GPU" in note for note in report["notes"])
+    assert error(result, expected) < TOLERANCE * report["forwards"]
+    return report
+
+
+@pytest.mark.parametrize("ranks, cfg", [(2, [3.0, 1.0]), (2, None)])
+def test_a_guider_that_keeps_a_schedule_in_place_of_one_cfg_is_split_like_others(ranks: int, cfg: Any) -> None:
+    """As guiders of other packs do, who read it in ``predict_noise``."""
+    import comfy.samplers
+
+    class Scheduled(comfy.samplers.CFGGuider):
+        def predict_noise(self, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, seed: Any = None) -> torch.Tensor:
+            conds = self.conds["negative"], self.conds["positive"]
+            return comfy.samplers.sampling_function(self.inner_model, x, timestep, *conds, 3.0, model_options=model_options, seed=seed)
+
+    def guider(model: Any) -> Any:
+        made = Scheduled(model)
+        made.set_conds(JOB.conditioning(11, 11), JOB.conditioning(12, 7))
+        made.set_cfg(cfg)
+        return made
+
+    split_like_stock(guider)
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_a_prompt_that_holds_where_no_other_does_is_computed_beside_lanes(ranks: int) -> None:
+    """Core's node Cond Set Default Combine, in a guider of three prompts: nothing but the default one is left of the first."""
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    def guider(model: Any) -> Any:
+        made = Guider_DualCFG(model)
+        late = JOB.conditioning(14, 9, start_percent=0.9, end_percent=1.0)
+        made.set_conds([*late, *JOB.conditioning(11, 11, default=True)], JOB.conditioning(12, 7), JOB.conditioning(13, 5))
+        made.set_cfg(3.0, 2.0)
+        return made
+
+    report = split_like_stock(guider)
+    assert report["forwards"] == 6
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_three_prompts_of_a_guider_run_in_lanes(ranks: int) -> None:
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    def guider(model: Any) -> Any:
+        made = Guider_DualCFG(model)
+        made.set_conds(JOB.conditioning(11, 11), JOB.conditioning(12, 7), JOB.conditioning(13, 5))
+        made.set_cfg(3.0, 2.0)
+        return made
+
+    assert split_like_stock(guider, Cache(1e-9))["degrees"] == [2, 1, 1]
