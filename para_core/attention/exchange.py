@@ -10,6 +10,7 @@ import torch
 from ..sequence.layout import Joint
 from ..sequence.mesh import Mesh
 from . import masks, ring, ulysses, unified
+from .beside import Beside
 from .call import Call, StockKernel
 from .kernel import Kernel, NeedsLse, expand_kv
 from .message import BYTES, Form
@@ -61,6 +62,7 @@ def attend(
     *,
     kernel: Kernel | None = None,
     way: Way = PLAIN,
+    beside: Beside | None = None,
 ) -> torch.Tensor:
     """Attention of this rank's query rows to the key rows of all ranks.
 
@@ -69,16 +71,17 @@ def attend(
     whole lengths in natural order or this rank's rows. ``scale``: None means ``D ** -0.5``.
     Returns ``(B, H, S, D)``, memory ``(B, S, H, D)`` where rows were exchanged.
 
-    Every rank of ``exchange.mesh.sequence`` must make the same call, the same ``way``. Raises ``NeedsLse`` for a ring with a kernel
+    ``beside``: launched while messages of Ulysses travel. Every rank of ``exchange.mesh.sequence`` must make the same call, the same
+    ``way``; what is beside it is each rank's own. Raises ``NeedsLse`` for a ring with a kernel
     that has no log-sum-exp, ``ValueError`` for sizes that do not fit the layout, ``RuntimeError`` where a peer fails.
     """
     chosen = kernel or exchange.kernel
     if chosen is None:
         raise ValueError("an exchange without a kernel needs one with every call")
-    return _attend(exchange, chosen, q, k, v, mask, scale, way)
+    return _attend(exchange, chosen, q, k, v, mask, scale, way, beside)
 
 
-def attend_call(exchange: Exchange | None, call: Call, kernel: Kernel, way: Way = PLAIN) -> torch.Tensor:
+def attend_call(exchange: Exchange | None, call: Call, kernel: Kernel, way: Way = PLAIN, beside: Beside | None = None) -> torch.Tensor:
     """Answer an override call, in the shape its caller expects; ``exchange`` None keeps it on this rank.
 
     A call that stays on this rank goes to a stock kernel with its original arguments: bit-identical to stock.
@@ -87,7 +90,7 @@ def attend_call(exchange: Exchange | None, call: Call, kernel: Kernel, way: Way 
         if isinstance(kernel, StockKernel) and kernel.call is call:
             return kernel.original()
         return call.output(kernel.run(call.q, call.k, call.v, mask=call.mask, scale=call.scale))
-    return call.output(attend(exchange, call.q, call.k, call.v, call.mask, call.scale, kernel=kernel, way=way))
+    return call.output(attend(exchange, call.q, call.k, call.v, call.mask, call.scale, kernel=kernel, way=way, beside=beside))
 
 
 def _attend(
@@ -99,6 +102,7 @@ def _attend(
     mask: torch.Tensor | None,
     scale: float | None,
     way: Way,
+    beside: Beside | None,
 ) -> torch.Tensor:
     mesh, traffic = exchange.mesh, exchange.traffic
     if mesh.sequence.size == 1:
@@ -115,7 +119,8 @@ def _attend(
     common: dict[str, Any] = {"mask": mask, "scale": scale, "traffic": traffic, "wire": exchange.bytes if way.wire else None}
     if mesh.ulysses.size == 1:
         return ring.attend(mesh.ring, kernel, q, k, v, kv_rows=exchange.kv.rows, **common)
-    rows: dict[str, Any] = {"q_rows": exchange.q.rows, "kv_rows": exchange.kv.rows, "heads": heads, "trades": exchange.trades}
+    rows: dict[str, Any] = {"q_rows": exchange.q.rows, "kv_rows": exchange.kv.rows, "heads": heads}
+    common |= {"trades": exchange.trades, "beside": beside}
     if mesh.ring.size == 1:
         return ulysses.attend(mesh.ulysses, kernel, q, k, v, **rows, **common, parts=way.parts)
     return unified.attend(mesh, kernel, q, k, v, **rows, **common)

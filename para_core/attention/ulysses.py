@@ -17,6 +17,7 @@ import torch
 
 from ..sequence.layout import balanced, weighted
 from ..sequence.mesh import Comm
+from .beside import Beside
 from .kernel import Kernel
 from .message import PARTS, ROWS, Form, Piece
 from .traffic import Traffic
@@ -85,17 +86,22 @@ def attend(
     trades: Trades,
     wire: Form | None = None,
     parts: int = 1,
+    beside: Beside | None = None,
 ) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` of this rank's rows -> ``(B, H, S, D)``, memory ``(B, S, H, D)``.
 
     ``mask`` is already this rank's (see ``masks.exchanged_mask``). ``trades`` are kept for the next such call. ``wire``: q, k and v
-    travel in this form. ``parts``: so many messages each way; those of one part travel while another is computed.
+    travel in this form. ``parts``: so many messages each way; those of one part travel while another is computed. ``beside``:
+    computed while messages travel.
     """
     form = wire or (ROWS if tuple(q_rows) == tuple(kv_rows) else PARTS)
+    ahead = parts > 1 or beside is not None
     batch, _, rows, dim = q.shape
     rows_of_all = tuple(q_rows), tuple(kv_rows)
     cuts = [kept(trades, form, comm.rank, batch, dim, *rows_of_all, heads, index, parts) for index in range(parts)]
-    arrivals = [scatter(comm, each, q, k, v, traffic, ahead=parts > 1) for each in cuts]
+    arrivals = [scatter(comm, each, q, k, v, traffic, ahead=ahead) for each in cuts]
+    if beside is not None:
+        beside.there()
     whole, departures = None, []
     for each, arrive in zip(cuts, arrivals, strict=True):
         q_all, k_all, v_all = arrive()
@@ -106,7 +112,9 @@ def attend(
             out = torch.zeros_like(q_all)
         if whole is None:
             whole = q.new_empty(batch, rows, q.shape[1], dim)
-        departures.append(gather(comm, each, out, whole, traffic, ahead=parts > 1))
+        departures.append(gather(comm, each, out, whole, traffic, ahead=ahead))
+    if beside is not None:
+        beside.back()
     for finish in departures:
         finish()
     assert whole is not None, "there is at least one part"

@@ -8,6 +8,7 @@ import torch
 
 from ..sequence.mesh import Mesh
 from . import ring, ulysses
+from .beside import Beside
 from .kernel import Kernel
 from .message import PARTS, ROWS, Form
 from .traffic import Traffic
@@ -28,20 +29,29 @@ def attend(
     traffic: Traffic,
     trades: ulysses.Trades,
     wire: Form | None = None,
+    beside: Beside | None = None,
 ) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` of this rank's rows -> ``(B, H, S, D)``, memory ``(B, S, H, D)``.
 
     ``q_rows``, ``kv_rows``: rows on each rank of ``mesh.sequence``. ``mask``: ``(B|1, own heads|1, group rows|1, M_total)``.
-    ``wire``: the form of what travels; k and v are written twice, in the group and for the ring.
+    ``wire``: the form of what travels; k and v are written twice, in the group and for the ring. ``beside``: computed while
+    messages of Ulysses travel.
     """
     size = mesh.ulysses.size
     group = slice(mesh.ring.rank * size, (mesh.ring.rank + 1) * size)
     form = wire or (ROWS if q_rows[group] == kv_rows[group] else PARTS)
     rows_of_all = tuple(q_rows[group]), tuple(kv_rows[group])
     trade = ulysses.kept(trades, form, mesh.ulysses.rank, q.shape[0], q.shape[3], *rows_of_all, heads)
-    tensors = ulysses.scatter(mesh.ulysses, trade, q, k, v, traffic)()
+    ahead = beside is not None
+    arrive = ulysses.scatter(mesh.ulysses, trade, q, k, v, traffic, ahead=ahead)
+    if beside is not None:
+        beside.there()
+    tensors = arrive()
     blocks = [sum(kv_rows[start : start + size]) for start in range(0, len(kv_rows), size)]
     out = ring.attend(mesh.ring, kernel, *tensors, kv_rows=blocks, mask=mask, scale=scale, traffic=traffic, wire=wire)
     whole = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-    ulysses.gather(mesh.ulysses, trade, out, whole, traffic)()
+    finish = ulysses.gather(mesh.ulysses, trade, out, whole, traffic, ahead=ahead)
+    if beside is not None:
+        beside.back()
+    finish()
     return whole.transpose(1, 2)

@@ -188,7 +188,9 @@ class Split:
         device = self.session.patcher.load_device
         if not processors_of_their_own(device) or not self.plan.stacks or self.session.foreign:
             return None
-        return Machine(self.group.link(), gain.memory_rate(device))
+        runner, dtype = self.session.runner, self.session.patcher.model.get_dtype_inference()
+        compiled = runner is not None and runner.compiled is not None  # only then something is computed beside messages
+        return Machine(self.group.link(), gain.memory_rate(device), *([gain.matrix_rate(device, dtype)] if compiled else []))
 
     def stop(self) -> None:
         """The group is of no more use to this run."""

@@ -2,19 +2,15 @@
 
 What changes from call to call or block to block (block index, closures of other nodes, counters) must not reach the
 compiled code, whose guards would compile it again each time. A block is therefore given transformer options that hold
-nothing but the attention operation of this run and what the plan names; all that the operation needs stays outside,
-behind a number.
+nothing but the attention operation of this run and what the plan names.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import count
-from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from typing import Any
 
 import torch
 
@@ -23,75 +19,28 @@ from ..log import log
 from ..plans.plan import attribute
 from ..sequence.hooks import Hooks
 from ..sequence.replace import replace
-from .inductor import inductor
-
-
-class Attend(Protocol):
-    """Attention as this run computes it. ``place``: which of the block's calls that see the tokens of all ranks, or None."""
-
-    def compute(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        *,
-        place: int | None,
-        low_precision: bool,
-    ) -> torch.Tensor: ...
-
-
-_runs: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_lock = threading.Lock()
-
-
-def number(attend: Attend) -> int:
-    """A number for ``attend`` while it lives: the lowest one free, so that a later run finds compiled code of an earlier."""
-    with _lock:
-        found = next(candidate for candidate in count() if candidate not in _runs)
-        _runs[found] = attend
-    return found
-
-
-@torch.library.custom_op(
-    "paradit::attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, int run, int? place, bool low_precision) -> Tensor",
-)
-def operation(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    run: int,
-    place: int | None,
-    low_precision: bool,
-) -> torch.Tensor:
-    """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` -> ``(B, H, S, D)``, memory ``(B, S, H, D)``."""
-    attend = _runs.get(run)
-    if attend is None:
-        raise RuntimeError(f"attention run {run} is gone: its sampling run has ended")
-    out = attend.compute(q, k, v, mask, scale, place=place, low_precision=low_precision)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-@operation.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, scale, run: int, place: int | None, low_precision: bool) -> torch.Tensor:
-    batch, heads, rows, dim = q.shape
-    return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
+from .inductor import for_ranks, inductor
+from .operation import Attend, number
 
 
 class CompiledBlocks:
     """Compiled forwards on the blocks of ``hooks``; ``remove()`` deletes them. ``option``: the options key of an override.
 
     A block that cannot be compiled runs as it is, and so do all from then on; ``say`` hears why, and ``failure`` keeps it.
+    ``shared``: several ranks run them. ``backend``: another compiler than torch's own.
     """
 
     def __init__(
-        self, hooks: Hooks, attend: Attend, option: str, say: Callable[[str], None], *, backend: str | Callable = inductor
+        self,
+        hooks: Hooks,
+        attend: Attend,
+        option: str,
+        say: Callable[[str], None],
+        *,
+        shared: bool = False,
+        backend: str | Callable | None = None,
     ):
+        backend = backend or (for_ranks if shared else inductor)  # a function each: compiled code is found again by its compiler
         self.failure: str | None = None
         self._say = say
         self._undo: list[Callable[[], None]] = []

@@ -143,12 +143,19 @@ def message(size: float, link: Link) -> float:
     return max(link.latency, size / link.rate) if size else 0.0
 
 
-def saved_by_bytes(elements: float, itemsize: int, dim: int, link: Link, memory: float, *, compiled: bool = False) -> float:
+def exposed(size: float, link: Link, hidden: float) -> float:
+    """Seconds that a rank waits for such a collective while it has ``hidden`` seconds of other work."""
+    return max(0.0, message(size, link) - hidden)
+
+
+def saved_by_bytes(
+    elements: float, itemsize: int, dim: int, link: Link, memory: float, *, compiled: bool = False, hidden: float = 0.0
+) -> float:
     """Seconds that a call gains where ``elements`` of q, k and v travel in one byte each, and a float for each ``dim``.
 
-    ``memory``: bytes a second that a rank's memory copies (read and written counted).
+    ``memory``: bytes a second that a rank's memory copies (read and written counted). ``hidden``: see ``exposed``.
     """
-    saved = message(elements * itemsize, link) - message(elements * (1 + 4 / dim), link)
+    saved = exposed(elements * itemsize, link, hidden) - exposed(elements * (1 + 4 / dim), link, hidden)
     moved, launches = QUANTISING_COMPILED if compiled else QUANTISING
     return saved - moved * elements * itemsize / memory - launches * LAUNCH
 
@@ -156,16 +163,17 @@ def saved_by_bytes(elements: float, itemsize: int, dim: int, link: Link, memory:
 def parts(there: float, back: float, attention: float, link: Link, most: int) -> int:
     """In how many parts heads should travel, so that all but the first and last message are hidden behind attention.
 
-    ``there``, ``back``: seconds of the messages before and after ``attention``'s. ``most``: parts there can be.
+    ``there``, ``back``: seconds of the messages before and after ``attention``'s, as far as nothing else hides them. ``most``: parts
+    there can be.
     """
 
-    def exposed(count: int) -> float:
+    def waited(count: int) -> float:
         before, after = (max(whole / count, min(whole, link.latency)) for whole in (there, back))
         late = max(0.0, (count - 1) * (before + after - attention / count))
         return before + after + late + PART_COST * attention + (count - 1) * PART_LAUNCHES * LAUNCH
 
-    found = min((count for count in PARTS if count <= most), key=exposed, default=1)
-    return found if found > 1 and exposed(found) <= (1 - HIDDEN) * (there + back) else 1
+    found = min((count for count in PARTS if count <= most), key=waited, default=1)
+    return found if found > 1 and waited(found) <= (1 - HIDDEN) * (there + back) else 1
 
 
 @lru_cache(maxsize=8)

@@ -18,3 +18,12 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
 
     rewrite(graph)
     return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **decompositions()})
+
+
+def for_ranks(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    """``inductor`` for runs of several ranks: what can be computed while messages travel is."""
+    from .parallel_mlp import compute_mlp_beside_attention
+
+    if compute_mlp_beside_attention(graph.graph):
+        graph.recompile()
+    return inductor(graph, inputs)

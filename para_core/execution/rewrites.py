@@ -118,22 +118,30 @@ def linear_gelu(graph: Graph, x: Node, weight: Node, bias: Node) -> Node:
 
 def layer_of(node: Node) -> tuple[Node, Node, Node] | None:
     """x, weight and bias of the linear layer that ``node`` calls, if a matrix kernel of the library computes it."""
-    if not called(node, F.linear):
-        return None
+    found = layer(node) if called(node, F.linear) else None
+    return found if found is not None and found[2] is not None and fits(*map(value, found)) else None
+
+
+def layer(node: Node) -> tuple[Node, Node, Node | None]:
+    """x, weight and bias of the linear layer that ``node`` calls."""
     given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-    x, weight, bias = given["input"], given["weight"], given.get("bias")
-    return (x, weight, bias) if bias is not None and fits(*map(value, (x, weight, bias))) else None
+    return given["input"], given["weight"], given.get("bias")
 
 
 def fits(*tensors: Any) -> bool:
-    """Whether they are plain tensors of half precision on an NVIDIA card: quantised ones bring kernels of their own."""
-    return torch.version.hip is None and all(
-        type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
-        and tensor.device.type == "cuda"
-        and tensor.dtype == tensors[0].dtype
-        and tensor.dtype in (torch.bfloat16, torch.float16)
-        for tensor in tensors
+    """Whether they are plain tensors of half precision on an NVIDIA card."""
+    return (
+        torch.version.hip is None
+        and plain(*tensors)
+        and tensors[0].dtype in (torch.bfloat16, torch.float16)
+        and all(tensor.device.type == "cuda" for tensor in tensors)
     )
+
+
+def plain(*tensors: Any) -> bool:
+    """Whether they are tensors of one dtype without behaviour of their own: quantised ones bring kernels."""
+    kinds = torch.Tensor, torch.nn.Parameter, FakeTensor
+    return all(type(tensor) in kinds and tensor.dtype == tensors[0].dtype for tensor in tensors)
 
 
 def is_tanh_gelu(node: Node) -> bool:

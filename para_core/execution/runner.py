@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..attention import wire
+from ..attention.beside import Beside
 from ..attention.call import Call
 from ..attention.choice import Chooser
 from ..attention.exchange import PLAIN, Exchange, attend_call
@@ -69,6 +70,7 @@ class AttentionOverride:
         *,
         place: int | None,
         low_precision: bool,
+        beside: Beside | None = None,
     ) -> torch.Tensor:
         """Attention inside compiled blocks: q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` -> ``(B, H, S, D)``."""
         assert self.stock is not None, "compiled blocks need to know the stock attention function"
@@ -84,11 +86,16 @@ class AttentionOverride:
         exchange = None
         if place is not None and forward is not None and forward.block and forward.mesh.sequence.size > 1:
             exchange = self._exchange(forward.mesh, *forward.block[place % len(forward.block)])
-        return self._attend(exchange, call)
+        return self._attend(exchange, call, beside)
 
-    def _attend(self, exchange: Exchange | None, call: Call) -> torch.Tensor:
-        way = PLAIN if exchange is None else self.ways.way(exchange, call)
-        return attend_call(exchange, call, self.chooser.kernel(call), way)
+    def _attend(self, exchange: Exchange | None, call: Call, beside: Beside | None = None) -> torch.Tensor:
+        way = PLAIN if exchange is None else self.ways.way(exchange, call, self._where(), beside)
+        return attend_call(exchange, call, self.chooser.kernel(call), way, beside)
+
+    def _where(self) -> str:
+        """The list of blocks that runs."""
+        spec = self.hooks.forward.inside if self.hooks is not None and self.hooks.forward is not None else None
+        return spec.path if spec is not None else ""
 
     def _exchange(self, mesh: Mesh, q: Joint, kv: Joint) -> Exchange:
         key = (id(mesh), q, kv)
@@ -122,7 +129,7 @@ class Runner:
     ):
         self.hooks = Hooks(plan, model, crossing=foreign, shared=shared)
         self.override = AttentionOverride(chooser, self.hooks, stock, foreign=foreign, compiled=compiled)
-        self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE, chooser.say) if compiled else None
+        self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE, chooser.say, shared=shared) if compiled else None
         self.cache = FirstBlockCache(self.hooks) if cached else None
         self.graphs = Graphs(chooser.say)
         if self.compiled is not None:

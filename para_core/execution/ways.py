@@ -6,6 +6,7 @@ link saves exceeds that of quantising, and where a look at the run's own numbers
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from ..attention import wire
 from ..attention.backends import Backend, pytorch
+from ..attention.beside import Beside
 from ..attention.call import Call
 from ..attention.choice import Chooser
 from ..attention.exchange import PLAIN, Exchange, Way
@@ -27,10 +29,14 @@ BOUND = 0.05
 
 @dataclass(frozen=True)
 class Machine:
-    """What a forecast needs: the link between ranks, and bytes a second that one rank's memory copies."""
+    """What a forecast needs: the link between ranks, and bytes a second that one rank's memory copies.
+
+    ``matrices``: operations a second of its matrix products; infinite where no one asked, for then nothing is known to hide messages.
+    """
 
     link: Link
     memory: float
+    matrices: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Met:
     """Elements of outputs that do."""
     parts: int
     """The most parts that heads can be cut in."""
+    beside: tuple[float, float] = (0.0, 0.0)
+    """Operations that are computed while its messages travel there and back."""
 
 
 @dataclass
@@ -65,11 +73,15 @@ class Ways:
     _errors: dict[str, torch.Tensor] = field(default_factory=dict)
     _known: dict[str, float] = field(default_factory=dict)
 
-    def way(self, exchange: Exchange, call: Call) -> Way:
-        """How ``call`` travels."""
-        name = kind(exchange, call)
+    def way(self, exchange: Exchange, call: Call, where: str = "", beside: Beside | None = None) -> Way:
+        """How ``call`` travels.
+
+        ``where``: the list of blocks that makes it, in some of which messages travel beside an MLP. Ranks agree on that, but not
+        on ``beside``, which is missing where blocks could not be compiled.
+        """
+        name = kind(exchange, call, where)
         if self.machine is not None and name not in self._known:
-            self._look(name, exchange, call)
+            self._look(name, exchange, call, beside)
         way = self.table.get(name, PLAIN)
         self.used.add(way)
         return way
@@ -99,8 +111,10 @@ class Ways:
         backend, attention = self._kernel(met)
         link, size, dim = machine.link, met.q.element_size(), met.q.shape[3]
         quantises = backend is not None and not backend.exact and self._known[name] <= BOUND
-        as_bytes = quantises and gain.saved_by_bytes(met.sent, size, dim, link, machine.memory, compiled=self.compiled) > 0
-        times = gain.message(met.sent * (1 + 4 / dim if as_bytes else size), link), gain.message(met.returned * size, link)
+        there, back = (operations / machine.matrices for operations in met.beside)
+        saved = gain.saved_by_bytes(met.sent, size, dim, link, machine.memory, compiled=self.compiled, hidden=there)
+        as_bytes = quantises and saved > 0
+        times = gain.exposed(met.sent * (1 + 4 / dim if as_bytes else size), link, there), gain.exposed(met.returned * size, link, back)
         count = 1 if attention is None else gain.parts(*times, attention, link, met.parts)
         if as_bytes and count > 1:  # fewer heads at once may be another kernel's
             backend, _ = self._kernel(met, count)
@@ -114,13 +128,13 @@ class Ways:
         )
 
     @torch.no_grad()
-    def _look(self, name: str, exchange: Exchange, call: Call) -> None:
+    def _look(self, name: str, exchange: Exchange, call: Call, beside: Beside | None) -> None:
         """Note a kind of call, and what its numbers would lose as bytes: in every layer of the first forward that has it."""
         q, k, v = call.q, call.k, call.v
         if not q.numel() or not k.numel() or q.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         if name not in self._met:
-            self._met[name] = meet(exchange, call)
+            self._met[name] = meet(exchange, call, beside)
         some = q[:, :, :: max(1, q.shape[2] // ROWS)]
         exact = pytorch.run(some, k, v, mask=None, scale=call.scale)
         travelled = pytorch.run(wire.round_trip(some), wire.round_trip(k, keys=True), wire.round_trip(v), mask=None, scale=call.scale)
@@ -129,7 +143,7 @@ class Ways:
         self._errors[name] = error if known is None else torch.maximum(known, error)
 
 
-def kind(exchange: Exchange, call: Call) -> str:
+def kind(exchange: Exchange, call: Call, where: str = "") -> str:
     """A kind of call by what all ranks of its mesh know of it."""
     mesh, (batch, heads, _, dim) = exchange.mesh, call.q.shape
     words = [
@@ -140,10 +154,10 @@ def kind(exchange: Exchange, call: Call) -> str:
     ]
     if call.mask is not None:
         words.append(f"{call.mask.dtype} mask")
-    return ", ".join([*words, *([] if call.low_precision else ["exact"])])
+    return ", ".join([*words, *([] if call.low_precision else ["exact"]), *([where] if where else [])])
 
 
-def meet(exchange: Exchange, call: Call) -> Met:
+def meet(exchange: Exchange, call: Call, beside: Beside | None = None) -> Met:
     """What this rank's kernel gets, and what leaves the rank, in such a call."""
     mesh, (batch, heads, rows, dim) = exchange.mesh, call.q.shape
     ulysses, ring, rank = mesh.ulysses.size, mesh.ring.size, mesh.ulysses.rank
@@ -164,4 +178,5 @@ def meet(exchange: Exchange, call: Call) -> Met:
         abroad * (own + own_kv) + (ring - 1) * own_kv,
         abroad * own,
         min(shares.kv) if ring == 1 else 1,
+        beside.operations if beside is not None and ulysses > 1 else (0.0, 0.0),
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from para_core.execution import compiled
+from para_core.execution import operation
 
 D = 8
 
@@ -17,13 +17,13 @@ D = 8
 class Attend:
     """Attention of a run without ranks."""
 
-    def compute(self, q, k, v, mask, scale, *, place, low_precision):
+    def compute(self, q, k, v, mask, scale, *, place, low_precision, beside=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def test_the_operation_declares_what_it_returns():
     attend, q = Attend(), torch.randn(2, 3, 5, D)
-    run = compiled.number(attend)
+    run = operation.number(attend)
     torch.library.opcheck(torch.ops.paradit.attention.default, (q, q, q, torch.zeros(5, 5), 0.5, run, 0, True))
     torch.library.opcheck(torch.ops.paradit.attention.default, (q, q, q, None, None, run, None, False))
     assert torch.ops.paradit.attention(q, q, q, None, None, run, 0, True).transpose(1, 2).is_contiguous()
@@ -31,7 +31,7 @@ def test_the_operation_declares_what_it_returns():
 
 def test_compiled_code_holds_the_operation_and_no_graph_break():
     attend, graphs = Attend(), []
-    run = compiled.number(attend)
+    run = operation.number(attend)
 
     def keep(graph, _):
         graphs.append(graph)
@@ -52,17 +52,17 @@ def test_compiled_code_holds_the_operation_and_no_graph_break():
 def test_numbers_are_freed_with_their_run_and_used_again():
     gc.collect()
     first, second = Attend(), Attend()
-    low, high = compiled.number(first), compiled.number(second)
+    low, high = operation.number(first), operation.number(second)
     assert low < high
     del first
     gc.collect()
     third = Attend()
-    assert compiled.number(third) == low
+    assert operation.number(third) == low
 
 
 def test_an_operation_on_a_finished_run_says_so():
     attend, q = Attend(), torch.randn(1, 1, 5, D)
-    run = compiled.number(attend)
+    run = operation.number(attend)
     del attend
     gc.collect()
     with pytest.raises(RuntimeError, match="has ended"):
@@ -71,7 +71,7 @@ def test_an_operation_on_a_finished_run_says_so():
 
 def test_the_module_can_be_loaded_again():
     """ComfyUI loads packs under names of its own; a second load registers the operation again."""
-    again = importlib.reload(compiled)
+    again = importlib.reload(operation)
     attend, q = Attend(), torch.randn(1, 1, 5, D)
     out = torch.ops.paradit.attention(q, q, q, None, None, again.number(attend), 0, True)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q))

@@ -74,7 +74,7 @@ def shared(
     thresholds: Sequence[float] | None = None,
     exchanged: bool = True,
     whole: bool = False,
-    compiled: str | None = None,
+    compiled: str | Callable | None = None,
     options: dict[str, Any] | None = None,
     previous: Callable[..., torch.Tensor] | None = None,
     around: Callable[[Runner, int, int], Callable[..., torch.Tensor]] | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from env.rewriting import Rewriting
+from env.rewriting import ForRanks, Rewriting
 
 from .cases import CASES
 from .ranks import Result, error, later, listed, make, shared, stock
@@ -79,6 +79,36 @@ def test_compiled_blocks_that_ranks_share_equal_stock(name: str) -> None:
     torch._dynamo.reset()
     (result,), _ = shared(model, [call], 1, 2, compiled="eager")
     assert error(result, stock(model, call)) < TOLERANCE
+
+
+PARALLEL = ("flux", "flux mask", "flux2", "flux2 reference at timestep zero", "chroma", "chroma radiance", "hunyuan video", "hunyuan image")
+"""Families with blocks whose MLP stands beside attention."""
+SHARES = {
+    "two ranks": (1, 2, None),
+    "three uneven ranks": (1, 3, (1.0, 0.6, 0.9)),
+    "two rings": (2, 2, None),
+    "a ring": (2, 1, None),
+    "alone": (1, 1, None),
+}
+"""Ring, Ulysses and speeds of the ranks."""
+QUICK = {("flux", "two ranks"), ("flux2", "three uneven ranks"), ("chroma", "three uneven ranks"), ("hunyuan video", "two rings")}
+QUICK |= {("flux", "a ring"), ("flux", "alone")}
+
+
+def beside() -> list:
+    every = [(name, shares) for name in PARALLEL for shares in SHARES]
+    return [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in every]
+
+
+@pytest.mark.parametrize(("name", "shares"), beside(), ids=ids)
+def test_blocks_whose_mlp_is_computed_beside_the_exchange_equal_stock(name: str, shares: str) -> None:
+    model, call = build(name)
+    ring, ulysses, speeds = SHARES[shares]
+    torch._dynamo.reset()
+    backend = ForRanks()
+    (result,), _ = shared(model, [call], ring, ulysses, speeds=speeds, compiled=backend)
+    assert error(result, stock(model, call)) < TOLERANCE
+    assert backend.applied
 
 
 def on_each(value, change):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -89,6 +90,28 @@ class FakeComm:
                 received.copy_(block)
 
         return wait
+
+
+@dataclass
+class Recorder:
+    """A communicator that notes what is started and what is waited for."""
+
+    comm: FakeComm
+    events: list
+
+    def __post_init__(self):
+        self.rank, self.size = self.comm.rank, self.comm.size
+
+    def start_all_to_all(self, received, sent, received_sizes, sent_sizes):
+        number = sum("start" in event for event in self.events)
+        self.events.append(f"start {number}")
+        wait = self.comm.start_all_to_all(received, sent, received_sizes, sent_sizes)
+
+        def noted():
+            self.events.append(f"wait {number}")
+            wait()
+
+        return noted
 
 
 def fake_comms(size: int) -> list[FakeComm]:

@@ -36,6 +36,7 @@ class Ranks:
         self.ways = [Ways(chooser, machine if rank == 0 else None) for rank, chooser in enumerate(self.choosers)]
         self.exchanges = [Exchange(mesh, self.joint, self.joint) for mesh in self.meshes]
         self.low_precision = True
+        self.where, self.beside = "", None
 
     def step(self):
         """The ways that were told, and the bytes that each rank has sent; the result must be attention."""
@@ -57,7 +58,7 @@ class Ranks:
         options = {"skip_reshape": True, "skip_output_reshape": True, "low_precision_attention": self.low_precision}
         call = Call.parse(pytorch.run, (q, k, v, q.shape[1]), options)
         exchange, ways = self.exchanges[rank], self.ways[rank]
-        return attend_call(exchange, call, self.choosers[rank].kernel(call), ways.way(exchange, call))
+        return attend_call(exchange, call, self.choosers[rank].kernel(call), ways.way(exchange, call, self.where, self.beside))
 
 
 @pytest.mark.parametrize("degrees", [(1, 2), (1, 4), (2, 1), (2, 2)])
@@ -127,6 +128,45 @@ def test_heads_are_cut_where_attention_is_long_enough_to_hide_messages():
     request = ranks.choosers[0].decide(met.q, met.k, None, None, needs_lse=False, low_precision_ok=True).request
     ranks.choosers[0].learn({timed_kind(request): {"quantising": 4.0}})
     assert list(ranks.step()[0].values()) == [[True, 2]]
+
+
+class Mlp:
+    """What stands beside a call: so many operations while its messages travel there, and back."""
+
+    def __init__(self, there: float, back: float):
+        self.operations = there, back
+
+
+ONE_A_SECOND = Machine(SLOW.link, SLOW.memory, 1.0)
+
+
+@pytest.mark.parametrize(("seconds", "bytes_pay"), [(0.0, True), (1e-9, True), (1.0, False)])
+def test_what_an_mlp_hides_travels_as_it_is(seconds, bytes_pay):
+    """Only in the blocks that have one: calls of others are known by another name."""
+    ranks = Ranks(machine=ONE_A_SECOND)
+    ranks.step()
+    ranks.where, ranks.beside = "single_blocks", Mlp(seconds, seconds)
+    ranks.step()
+    told, _ = ranks.step()
+    (plain, elsewhere), *_ = told.items()
+    assert elsewhere == [True, 1] and "single_blocks" not in plain
+    assert [way for name, way in told.items() if name == f"{plain}, single_blocks"] == ([[True, 1]] if bytes_pay else [])
+
+
+def test_a_machine_that_was_not_measured_hides_nothing():
+    ranks = Ranks()
+    ranks.beside = Mlp(1e30, 1e30)
+    ranks.step()
+    assert list(ranks.step()[0].values()) == [[True, 1]]
+
+
+def test_messages_are_waited_for_as_far_as_other_work_does_not_hide_them():
+    link = Link(1e-5, 1e9)
+    assert gain.exposed(1e6, link, 0.0) == gain.message(1e6, link) == pytest.approx(1e-3)
+    assert gain.exposed(1e6, link, 4e-4) == pytest.approx(6e-4)
+    assert gain.exposed(1e6, link, 1.0) == 0.0
+    saved = [gain.saved_by_bytes(1e7, 2, 128, link, 1e12, compiled=True, hidden=hidden) for hidden in (0.0, 15e-3, 50e-3)]
+    assert saved[0] > saved[1] > 0 > saved[2], "nothing is saved where nothing was waited for, and quantising costs"
 
 
 NVLINK, PCIE, PCIE_3 = Link(5.5e-5, 2e11), Link(3e-5, 2.4e10), Link(3e-5, 1.2e10)

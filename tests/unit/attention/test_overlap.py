@@ -1,15 +1,13 @@
-"""Heads that travel in parts give, bit by bit, what they give at once."""
+"""What is computed while messages travel: parts of the heads, and what stands beside attention."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.fake_comm import FakeComm, fake_meshes, on_ranks
-from unit.shared_attention import ExactKernel, joints, rows_of, shared, tensors
+from unit.fake_comm import Recorder, fake_meshes, on_ranks
+from unit.shared_attention import ExactKernel, assert_same, joints, reference, rows_of, shared, tensors
 
 from para_core.attention.exchange import Exchange, Way, attend
 from para_core.attention.traffic import Traffic
@@ -43,46 +41,58 @@ def test_parts_change_no_bit(case, parts, wire, masked):
     assert all(abs(one.bytes - other.bytes) <= padding for one, other in zip(*traffic, strict=True))
 
 
-@dataclass
-class Recorder:
-    """A communicator that notes what is started and what is waited for."""
+class Noting:
+    """``Beside`` that only says when it is launched."""
 
-    comm: FakeComm
-    events: list
+    operations = (0.0, 0.0)
 
-    def __post_init__(self):
-        self.rank, self.size = self.comm.rank, self.comm.size
-
-    def start_all_to_all(self, received, sent, received_sizes, sent_sizes):
-        number = sum("start" in event for event in self.events)
-        self.events.append(f"start {number}")
-        wait = self.comm.start_all_to_all(received, sent, received_sizes, sent_sizes)
-
-        def noted():
-            self.events.append(f"wait {number}")
-            wait()
-
-        return noted
+    def __init__(self, events: list[str]):
+        self.there, self.back = lambda: events.append("there"), lambda: events.append("back")
 
 
-@pytest.mark.parametrize("heads", [8, 7, 2])
-def test_a_part_is_computed_while_the_next_travels_and_all_ranks_send_in_one_order(heads):
-    ranks, joint = 3, Joint((balanced(11, 3),))
+def recorded(ring: int, ulysses: int, heads: int, way: Way, *, beside: bool) -> list[list[str]]:
+    """What each rank did, in order, in one call that is exact."""
+    ranks = ring * ulysses
+    joint = Joint((balanced(11, ranks),))
     q, k, v = tensors(joint, joint, heads, heads, 1, 0)
     events: list[list[str]] = [[] for _ in range(ranks)]
     meshes = [
-        Mesh(mesh.sequence, Recorder(mesh.ulysses, noted), mesh.ring) for mesh, noted in zip(fake_meshes(1, ranks), events, strict=True)
+        Mesh(mesh.sequence, Recorder(mesh.ulysses, noted), mesh.ring)
+        for mesh, noted in zip(fake_meshes(ring, ulysses), events, strict=True)
     ]
 
     def work(rank):
         kernel = ExactKernel()
         look = kernel.look
         kernel.look = lambda *args: (events[rank].append("compute"), look(*args))
-        rows = rows_of(joint, rank)
-        return attend(Exchange(meshes[rank], joint, joint, kernel), *(t[:, :, rows] for t in (q, k, v)), way=Way(parts=2))
+        local = [tensor[:, :, rows_of(joint, rank)] for tensor in (q, k, v)]
+        return attend(Exchange(meshes[rank], joint, joint, kernel), *local, way=way, beside=Noting(events[rank]) if beside else None)
 
-    on_ranks(ranks, work)
+    for rank, out in enumerate(on_ranks(ranks, work)):
+        assert_same(out, reference(q, k, v)[:, :, rows_of(joint, rank)])
+    return events
+
+
+@pytest.mark.parametrize("heads", [8, 7, 2])
+def test_a_part_is_computed_while_the_next_travels_and_all_ranks_send_in_one_order(heads):
+    events = recorded(1, 3, heads, Way(parts=2), beside=False)
     if heads > 3:
         assert events[0] == ["start 0", "start 1", "wait 0", "compute", "start 2", "wait 1", "compute", "start 3", "wait 2", "wait 3"]
     collectives = [[event for event in noted if event != "compute"] for noted in events]
     assert collectives[0] == collectives[1] == collectives[2]
+
+
+IN_PARTS = "start 0, start 1, there, wait 0, compute, start 2, wait 1, compute, start 3, back, wait 2, wait 3"
+ORDERS = {
+    (1, 2, Way()): "start 0, there, wait 0, compute, start 1, back, wait 1",
+    (1, 3, Way()): "start 0, there, wait 0, compute, start 1, back, wait 1",
+    (1, 2, Way(parts=2)): IN_PARTS,
+    (2, 2, Way()): "start 0, there, wait 0, compute, compute, start 1, back, wait 1",
+    (2, 1, Way()): "compute, compute",
+}
+
+
+@pytest.mark.parametrize("degrees", ORDERS, ids=str)
+def test_what_stands_beside_a_call_is_launched_while_its_messages_travel(degrees):
+    """In a ring nothing of Ulysses travels: it is the caller's to compute."""
+    assert recorded(*degrees[:2], 6, degrees[2], beside=True) == [ORDERS[degrees].split(", ")] * degrees[0] * degrees[1]

@@ -1,0 +1,124 @@
+"""Attention as one opaque operation of compiled code, alone or with the layers of an MLP that stands beside it.
+
+Everything that the operations need of a run stays outside of compiled code, behind a number.
+"""
+
+from __future__ import annotations
+
+import threading
+from itertools import count
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+
+from ..attention.beside import Beside
+from .parallel_mlp import Mlp
+
+
+class Attend(Protocol):
+    """Attention as this run computes it. ``place``: which of the block's calls that see the tokens of all ranks, or None.
+
+    ``beside``: what may be launched while messages travel.
+    """
+
+    def compute(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        *,
+        place: int | None,
+        low_precision: bool,
+        beside: Beside | None = None,
+    ) -> torch.Tensor: ...
+
+
+_runs: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def number(attend: Attend) -> int:
+    """A number for ``attend`` while it lives: the lowest one free, so that a later run finds compiled code of an earlier."""
+    with _lock:
+        found = next(candidate for candidate in count() if candidate not in _runs)
+        _runs[found] = attend
+    return found
+
+
+def _numbered(run: int) -> Attend:
+    attend = _runs.get(run)
+    if attend is None:
+        raise RuntimeError(f"attention run {run} is gone: its sampling run has ended")
+    return attend
+
+
+@torch.library.custom_op(
+    "paradit::attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, int run, int? place, bool low_precision) -> Tensor",
+)
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    run: int,
+    place: int | None,
+    low_precision: bool,
+) -> torch.Tensor:
+    """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` -> ``(B, H, S, D)``, memory ``(B, S, H, D)``."""
+    out = _numbered(run).compute(q, k, v, mask, scale, place=place, low_precision=low_precision)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attention.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, scale, run: int, place: int | None, low_precision: bool) -> torch.Tensor:
+    batch, heads, rows, dim = q.shape
+    return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
+
+
+@torch.library.custom_op(
+    "paradit::attention_and_mlp",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, int run, int? place, bool low_precision,"
+    " Tensor x, Tensor up, Tensor? up_bias, bool gated, Tensor down, Tensor? down_bias, bool attention_first) -> Tensor",
+)
+def attention_and_mlp(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    run: int,
+    place: int | None,
+    low_precision: bool,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    gated: bool,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    attention_first: bool,
+) -> torch.Tensor:
+    """``linear(cat(attention, activation(linear(x, up, up_bias))), down, down_bias)``: x ``(B, S, C)`` -> ``(B, S, E)``.
+
+    up ``(F, C)``; down ``(E, H * D + features)``: its columns for attention are the first or the last ones. ``gated``: see ``Mlp``,
+    which is computed while messages of attention travel. It is one operation, so that nothing of a call is under way once it has
+    ended, however it ends, and no compiler can put its parts in another order.
+    """
+    width = q.shape[1] * v.shape[3]
+    features = down.shape[1] - width
+    own, others = down.split((width, features) if attention_first else (features, width), dim=1)
+    columns, rest = (own, others) if attention_first else (others, own)
+    mlp = Mlp(x, up, up_bias, rest, down_bias, gated=gated)
+    out = _numbered(run).compute(q, k, v, mask, scale, place=place, low_precision=low_precision, beside=mlp)
+    return mlp.plus(out.transpose(1, 2).flatten(2), columns)
+
+
+@attention_and_mlp.register_fake
+def _(q, k, v, mask, scale, run, place, low_precision, x, up, up_bias, gated, down, down_bias, attention_first) -> torch.Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], down.shape[0])
