@@ -153,16 +153,21 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_that_is_said_once(tin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flux", "wan"])
-def test_compiled_blocks_on_two_ranks_equal_stock(comfy, kind):
+def test_compiled_blocks_on_two_ranks_equal_stock(comfy, kind, monkeypatch):
+    """FLUX's single blocks compute their MLP beside the exchange."""
     from parity import inprocess
 
     from para_core.comfy.attach import attach
+    from para_core.execution.parallel_mlp import Mlp
     from para_core.settings import Compile, Parallel
 
+    beside, there = [], Mlp.there
+    monkeypatch.setattr(Mlp, "there", lambda mlp: (beside.append(mlp), there(mlp)))
     model, job = inprocess.load(kind), inprocess.Job(kind, size=(9, 14) if kind == "flux" else (2, 9, 14))
     stock = inprocess.sample(model, job)
     compiled = inprocess.sample(attach(attach(model, Compile("compile")), Parallel(gpus=2)), job)
     assert inprocess.error(compiled, stock) <= 1e-5 * job.steps
+    assert bool(beside) is (kind == "flux")
 
 
 @pytest.mark.slow
