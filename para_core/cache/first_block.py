@@ -222,8 +222,11 @@ class FirstBlockCache:
         return bool(hit)
 
     def _sums(self, step: Step, residuals: list[torch.Tensor]) -> torch.Tensor:
-        """Of this rank's rows, by condition, float64 (count, 3): difference, size, and how many ranks know too little."""
-        sums = torch.zeros(step.count, 3, dtype=torch.float64, device=residuals[0].device)
+        """Of this rank's rows, by condition, (count, 3): difference, size, and how many ranks know too little.
+
+        float32, because some devices have no float64.
+        """
+        sums = torch.zeros(step.count, 3, device=residuals[0].device)
         for chunk in step.chunks:
             row = sums[chunk.index]
             if not self._complete(chunk, residuals):

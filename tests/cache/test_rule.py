@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parity.inprocess import noise
+from parity.inprocess import Job, load, noise, run
 
 from para_core.cache.predictor import ORDERS, History
-from para_core.cache.rule import Condition, Decisions, Window, change, decide
+from para_core.cache.rule import RULES, Condition, Decisions, Window, change, decide
 from para_core.settings import Cache
 
 levels = st.floats(0.01, 1.0).map(lambda value: round(value, 3))
@@ -136,6 +136,38 @@ def test_conditions_in_one_call_and_in_calls_of_their_own_have_the_same_shape(co
         return ModelCall(Call((torch.zeros(rows, 16, 8, 8), options), rest), ["x", "transformer_options"]).shape
 
     assert shape(1) == shape(2) == shape(3)
+
+
+def test_both_rules_do_without_float64_which_some_devices_lack(comfy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.overrides import TorchFunctionMode
+
+    from para_core.cache import first_block
+    from para_core.comfy import forecasting
+
+    class Single(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            assert getattr(result, "dtype", None) is not torch.float64, f"{function} made one"
+            return result
+
+    def strictly(holder: type, name: str) -> None:
+        original = getattr(holder, name)
+
+        def strict(*args, **kwargs):
+            seen.add(name)
+            with Single():
+                return original(*args, **kwargs)
+
+        monkeypatch.setattr(holder, name, strict)
+
+    seen: set[str] = set()
+    for holder, names in ((first_block.FirstBlockCache, ("observe", "finish")), (forecasting.Forecaster, ("answer", "learn"))):
+        for name in names:
+            strictly(holder, name)
+    for rule in RULES:
+        _, report = run(load("flux_small"), Job("flux_small", steps=6), Cache(1e9, predictor="taylor", rule=rule))
+        assert report["cached"] >= 2
+    assert seen == {"observe", "finish", "answer", "learn"}
 
 
 def test_window_includes_both_ends() -> None:
