@@ -86,7 +86,7 @@ def warm(settings: Parallel, own: torch.device) -> None:
     """Start the workers a node will need, while the graph before the sampler still runs."""
     found = devices(settings, own, lambda _sentence: None)
     if found:
-        group().warm(found)
+        group().expect(found)
 
 
 def model_id(patcher: comfy.model_patcher.ModelPatcher) -> int:

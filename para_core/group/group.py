@@ -116,8 +116,17 @@ class Group(Models):
                 if member not in kept:
                     member.end()
                     self._pool.end(member.process)
-            self._members = [member or self._start(rank, devices[rank - 1]) for rank, member in enumerate(kept, start=1)]
+            for rank, known in enumerate(kept, start=1):
+                if known is None:  # one by one: those that have started are known if the next does not start
+                    self._members.insert(rank - 1, self._start(rank, devices[rank - 1]))
             self._watch.wake()
+
+    def expect(self, devices: Sequence[str]) -> None:
+        """``warm`` ahead of a run: what stands against it is said by the run's ``form``, should it be so still."""
+        try:
+            self.warm(devices)
+        except (RuntimeError, OSError) as error:
+            log.warning("workers did not start: %s", one_line(error))
 
     def _start(self, rank: int, device: str) -> Member:
         self.counts["starts"] += 1
@@ -374,7 +383,7 @@ class Group(Models):
         if self.lost is not None:
             with self._lock:
                 self._leave()
-            self.warm([member.device for member in self._members])
+            self.expect([member.device for member in self._members])
 
     def _rest(self) -> None:
         self._running = False

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from para_core.group.group import Group
+from para_core.group.group import Group, GroupError
 from para_core.group.member import Member
 
 
@@ -21,6 +21,25 @@ def test_a_communicator_that_was_lost_is_gone_before_its_step_is_computed_again(
     group.lost = lost
     group.end()
     assert events == ended
+
+
+def test_workers_that_do_not_start_are_met_again_by_the_run_and_those_that_did_are_not_forgotten(monkeypatch, caplog):
+    group = Group(Path("none"), lambda *_: {})
+    started: list[SimpleNamespace] = []
+
+    def start() -> SimpleNamespace:
+        if len(started) == 1:
+            raise OSError(12, "Cannot allocate memory")
+        started.append(SimpleNamespace(alive=lambda: True, kill=lambda: None, pid=1))
+        return started[-1]
+
+    monkeypatch.setattr(group._pool, "start", start)
+    group.expect(["cpu", "cpu"])
+    assert "Cannot allocate memory" in caplog.text
+    assert [member.process for member in group.members] == started, "the next attempt goes on with it"
+    with pytest.raises(GroupError, match="Cannot allocate memory"):
+        group.form(torch.device("cpu"), ["cpu", "cpu"])
+    group.end()  # after a loss it starts workers for the next run
 
 
 def test_the_rate_of_every_worker_is_known_by_rank_and_each_is_asked_once():
