@@ -210,6 +210,12 @@ def check(plan: Plan, model) -> list[tuple[Blocks, list]]:
                     raise changed(plan, f"{type(block).__name__} has no {name}") from None
         if blocks:
             found.append((spec, blocks))
+    sides = plan.patch if isinstance(plan.patch, tuple) else (plan.patch,)
+    for path in (plan.heads, *sides) if plan.stacks else ():
+        try:
+            attribute(model, path)
+        except AttributeError:
+            raise changed(plan, f"{type(model).__name__} has no {path}") from None
     reason = plan.decline(model) if plan.decline is not None else ""
     if reason:
         raise PlanError(reason)

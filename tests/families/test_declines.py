@@ -78,12 +78,20 @@ def test_missing_lists_and_renamed_arguments_are_declined() -> None:
         check(plan, model)
 
 
+@pytest.mark.parametrize("path", ["num_attention_heads", "patch_size_t"])
+def test_a_model_without_what_the_split_reads_off_it_is_declined(path: str) -> None:
+    model, _ = cogvideox.cogvideox()
+    plan, _ = plan_and(model)
+    check(plan, model)
+    delattr(model, path)
+    with pytest.raises(PlanError, match=f"has no {path}: this version of ComfyUI"):
+        check(plan, model)
+
+
 TOO_FEW: dict[str, Callable[[], Tiny]] = {
     "LTX-2 has too few rows of audio here \\(2\\) for 3 ranks": lambda: ltx.ltxav(audio=2),
     "Cosmos-Predict2 has too few rows of rows here \\(2\\)": lambda: few(cosmos.predict2, x=noise(2, 16, 3, 4, 14)),
-    "Wan HuMo has too few rows of img": lambda: wan.wan_class(
-        "HumoWanModel", size=(2, 6, 10), audio_embed=noise(2, 2, 8, 5, 1280, seed=3)
-    ),
+    "Wan HuMo has too few rows of img": lambda: wan.wan_class("HumoWanModel", size=(2, 6, 10), audio_embed=noise(2, 2, 8, 5, 1280, seed=3)),
 }
 
 
