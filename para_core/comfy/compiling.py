@@ -36,8 +36,9 @@ def against_graphs(patcher: ModelPatcher, chooser: Chooser) -> str:
     Under cudaMallocAsync torch (2.11) ends the process when it frees what was allocated in a capture that failed, was
     cancelled or lost a rank; and compiled blocks cannot be captured under it at all.
     """
-    if patcher.load_device.type != "cuda":
-        return f"No CUDA graphs: they need an NVIDIA GPU, and this model runs on {patcher.load_device}; choose the mode compile or off."
+    if patcher.load_device.type != "cuda" or torch.version.hip:
+        own = "an AMD GPU" if patcher.load_device.type == "cuda" else patcher.load_device
+        return f"No CUDA graphs: they need an NVIDIA GPU, and this model runs on {own}; choose the mode compile or off."
     asynchronous = torch.cuda.get_allocator_backend() == "cudaMallocAsync"
     if patcher.is_dynamic() and not (asynchronous and static.possible(patcher)):
         flags = "--disable-dynamic-vram --disable-cuda-malloc" if asynchronous else "--disable-dynamic-vram"

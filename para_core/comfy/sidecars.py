@@ -65,7 +65,8 @@ def _devices(settings: Parallel, own: torch.device, say: Callable[[str], None]) 
             say(f"{settings.gpus} ranks were asked for on the CPU; {MOST_CPU_RANKS} are used.")
         return ["cpu"] * (min(settings.gpus, MOST_CPU_RANKS) - 1)
     if own.type != "cuda" or torch.version.hip:
-        say(f"Splitting needs CUDA GPUs or the CPU, not {own}: this run stays on one GPU.")
+        where = "an AMD GPU" if own.type == "cuda" else own
+        say(f"Splitting needs NVIDIA GPUs, and this model runs on {where}: this run stays on one GPU.")
         return []
     there = torch.cuda.device_count()
     others = [index for index in range(there) if index != (own.index or 0)]

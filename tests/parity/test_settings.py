@@ -64,6 +64,22 @@ def test_splitting_elsewhere_than_on_linux_is_left_out_and_said(comfy, monkeypat
     assert heard == said
 
 
+@pytest.mark.parametrize(("device", "hip", "named"), [("cuda:0", "7.0", "an AMD GPU"), ("mps", None, "mps")])
+def test_other_gpus_than_nvidia_s_are_named_where_splitting_and_graphs_are_left_out(comfy, monkeypatch, device, hip, named):
+    from types import SimpleNamespace
+
+    import torch
+
+    from para_core.comfy import compiling, sidecars
+    from para_core.settings import Parallel
+
+    heard: list[str] = []
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert sidecars.devices(Parallel(2), torch.device(device), heard.append) == []
+    heard.append(compiling.against_graphs(SimpleNamespace(load_device=torch.device(device)), SimpleNamespace()))  # type: ignore[arg-type]
+    assert len(heard) == 2 and all(f"model runs on {named}" in sentence for sentence in heard)
+
+
 @pytest.mark.parametrize(("devices", "said"), [("0,2", 1), (" ", 0)])
 def test_cuda_devices_are_left_out_on_the_cpu_and_that_is_said(comfy, devices, said):
     import torch
