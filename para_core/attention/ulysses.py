@@ -17,6 +17,7 @@ import torch
 
 from ..sequence.layout import balanced, weighted
 from ..sequence.mesh import Comm
+from . import packing
 from .beside import Beside
 from .kernel import Kernel
 from .message import PARTS, ROWS, Form, Piece
@@ -144,6 +145,11 @@ class Trade:
         return Piece(self.batch, self.q_rows[source], self.kv_rows[source], *heads, self.dim)
 
     @cached_property
+    def alike(self) -> bool:
+        """Whether every rank has equally many heads, and all of them travel at once."""
+        return self.count == 1 and len(set(self.heads.q)) == len(set(self.heads.kv)) == 1
+
+    @cached_property
     def own(self) -> Piece:
         return self.piece(self.rank, self.rank)
 
@@ -196,17 +202,22 @@ def scatter(
     """Trade rows for heads. The result waits for all rows of this rank's heads: q ``(B, h, S_total, D)``, k, v ``(B, hkv, M_total, D)``."""
     form, rank, own, part = trade.form, trade.rank, trade.own, trade.part
     sent, received = (q.new_empty(sum(sizes), dtype=form.dtype or q.dtype) for sizes in (trade.sent, trade.received))
-    for first, last, piece in trade.outward:
-        tensors = _heads_of(q, part, first, last), _heads_of(k, part, first, last, kv=True), _heads_of(v, part, first, last, kv=True)
-        form.write(_block(sent, trade.sent, first, last), piece, *tensors)
     if form is ROWS:
         split = (own.q_heads, own.kv_heads, own.kv_heads)
-        whole = received.view(sum(trade.q_rows), trade.batch, sum(split), trade.dim).split(split, dim=2)
+        joined = received.view(sum(trade.q_rows), trade.batch, sum(split), trade.dim)
+        whole = joined.split(split, dim=2)
     else:
         whole = (q.new_empty(sum(trade.q_rows), *own.q[1:]), *q.new_empty(sum(trade.kv_rows), *own.kv[1:]).chunk(2, dim=2))
-    _rows_of(whole[0], trade.q_rows, rank, rank + 1).copy_(_heads_of(q, part, rank, rank + 1))
-    _rows_of(whole[1], trade.kv_rows, rank, rank + 1).copy_(_heads_of(k, part, rank, rank + 1, kv=True))
-    _rows_of(whole[2], trade.kv_rows, rank, rank + 1).copy_(_heads_of(v, part, rank, rank + 1, kv=True))
+    if form is ROWS and trade.alike and packing.possible(q, k, v):
+        before = sum(trade.q_rows[:rank])
+        packing.pack(q, k, v, sent, joined[before : before + trade.q_rows[rank]], rank=rank, ranks=len(trade.q_rows))
+    else:
+        for first, last, piece in trade.outward:
+            tensors = _heads_of(q, part, first, last), _heads_of(k, part, first, last, kv=True), _heads_of(v, part, first, last, kv=True)
+            form.write(_block(sent, trade.sent, first, last), piece, *tensors)
+        _rows_of(whole[0], trade.q_rows, rank, rank + 1).copy_(_heads_of(q, part, rank, rank + 1))
+        _rows_of(whole[1], trade.kv_rows, rank, rank + 1).copy_(_heads_of(k, part, rank, rank + 1, kv=True))
+        _rows_of(whole[2], trade.kv_rows, rank, rank + 1).copy_(_heads_of(v, part, rank, rank + 1, kv=True))
     wait = _send(comm, received, sent, trade.received, trade.sent, traffic, ahead=ahead)
 
     def arrive() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -237,10 +248,17 @@ def gather(
     received = sent.new_empty(sum(trade.back_received))
     wait = _send(comm, received, sent, trade.back_received, trade.back_sent, traffic, ahead=ahead)
     into = whole.transpose(1, 2)
-    _heads_of(into, part, rank, rank + 1).copy_(_rows_of(rows_first, trade.q_rows, rank, rank + 1))
+    before = sum(trade.q_rows[:rank])
+    own = out[:, :, before : before + trade.q_rows[rank]]
+    packed = trade.alike and packing.possible(own, whole)
+    if not packed:
+        _heads_of(into, part, rank, rank + 1).copy_(_rows_of(rows_first, trade.q_rows, rank, rank + 1))
 
     def finish() -> None:
         wait()
+        if packed:
+            packing.unpack(own, received, whole, rank=rank)
+            return
         for first, last, piece in trade.outward:
             block = _block(received, trade.back_received, first, last)
             _heads_of(into, part, first, last).copy_(block.view(last - first, *piece.q))

@@ -1,0 +1,69 @@
+"""What a message is made of, and what is made of messages, in one kernel each: on CUDA, for shares of equally many heads.
+
+Copies of parts of q, k and v to and from their places, one by one, reach a third of the memory's rate and are eight launches a
+layer. Here a program takes all heads of one token, whose places in memory are the ones that ``message.Rows`` and
+``ulysses.gather`` give them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..log import log
+
+BLOCK = 32  # heads that a program moves at once
+
+
+@lru_cache(maxsize=8)
+def kernels(device: torch.device) -> Any:
+    """The kernels, once they have run on ``device``; None, said in the log, where Triton is missing or cannot compile there."""
+    try:
+        from . import packing_kernels  # at first use: Triton takes long to import
+
+        tokens = torch.zeros(1, 1, 1, 1, device=device)
+        packing_kernels.pack[1, 3, 1](
+            tokens, tokens, tokens, tokens, tokens.new_empty(3), *[1] * 9, 1, 1, 1, 1, 0, 1, D=1, DIMS=1, HEADS=BLOCK
+        )
+    except Exception as error:  # noqa: BLE001  no Triton, no C compiler, no headers, an old card: each raises something else
+        log.info("what is exchanged is packed by plain copies: %s", str(error).partition("\n")[0])
+        return None
+    return packing_kernels
+
+
+def possible(*tensors: torch.Tensor) -> bool:
+    """Whether these can be packed and unpacked here."""
+    fit = all(tensor.is_cuda and tensor.stride(-1) == 1 and tensor.numel() for tensor in tensors)
+    return fit and torch.version.hip is None and kernels(tensors[0].device) is not None
+
+
+def pack(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sent: torch.Tensor, own: torch.Tensor, *, rank: int, ranks: int) -> None:
+    """Fill ``sent`` with pieces for the other ranks in their order, and ``own`` ``(S, B, q | k | v heads, D)`` with this rank's.
+
+    q ``(B, H, S, D)``, k and v ``(B, Hkv, S, D)`` with heads for every one of ``ranks``. Pieces are laid out as ``own``; ``sent``
+    is flat.
+    """
+    batch, heads, rows, dim = q.shape
+    kv_heads = k.shape[1]
+    grid = (rows, 3 * batch, -(-max(heads, kv_heads) // BLOCK))
+    kernels(q.device).pack[grid](
+        q, k, v, sent, own, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], rows, batch, heads // ranks, kv_heads // ranks, rank, ranks,
+        D=dim, DIMS=_power(dim), HEADS=BLOCK,
+    )  # fmt: skip
+
+
+def unpack(own: torch.Tensor, received: torch.Tensor, whole: torch.Tensor, *, rank: int) -> None:
+    """Fill ``whole`` ``(B, S, H, D)`` with this rank's heads ``own`` ``(B, h, S, D)`` and the others', ``received`` as flat pieces
+    ``(S, B, h, D)`` in their order."""
+    batch, rows, heads, dim = whole.shape
+    grid = (rows, batch, -(-heads // BLOCK))
+    share = own.shape[1]
+    kernels(own.device).unpack[grid](
+        own, received, whole, *own.stride()[:3], rows, batch, share, rank, heads // share, D=dim, DIMS=_power(dim), HEADS=BLOCK
+    )
+
+
+def _power(size: int) -> int:
+    return 1 << (size - 1).bit_length()
