@@ -20,6 +20,9 @@ from ..attention.capture import abandon
 from ..cache.first_block import FirstBlockCache
 from .constants import Constants
 
+SEAM = 2
+"""After so many attention calls a shared forward goes on in a graph of its own: a launch takes the processor a millisecond, in
+which the first graph runs already. A forward of one rank is launched while the one before it runs."""
 LIMIT = 4  # captures alive at once; each holds the activations of its shape
 WARM = 1  # forwards of a shape before it is captured: libraries initialise and kernels are compiled in them
 
@@ -30,7 +33,8 @@ Forward = Callable[..., torch.Tensor | None]
 class Capture:
     """A captured forward: its parts in order, the tensors to fill before a replay, and the one to read after it.
 
-    With a cache there are three parts (to the first block's output, the rest of the stack, what follows) and ``taps``:
+    Without a cache parts follow each other (see ``Graphs.attended``).
+    With a cache there are three (to the first block's output, the rest of the stack, what follows) and ``taps``:
     the streams before and after the first block and at the last block's output.
     """
 
@@ -107,6 +111,15 @@ class Graphs:
         self.failure: str | None = None
         self._seen: dict[Hashable, int] = {}
         self._pool: Any = None
+        self._recorder: Recorder | None = None  # of a forward that is captured in parts
+        self._calls = 0
+
+    def attended(self) -> None:
+        """The forward has exchanged another attention call, and nothing of it is under way."""
+        self._calls += 1
+        if self._recorder is not None and self._calls == SEAM:
+            self._recorder.end()
+            self._recorder.begin()
 
     def run(
         self, call: Forward, args: tuple, kwargs: dict[str, Any], *context: Hashable, cache: FirstBlockCache | None = None
@@ -154,8 +167,11 @@ class Graphs:
             try:
                 recorder.begin()
                 self.constants.answering = True
+                self._calls = 0
                 if cache is not None:
                     cache.tap = recorder
+                else:
+                    self._recorder = recorder
                 with self.constants:
                     output = call(*args, **kwargs)
                 recorder.end()
@@ -163,7 +179,7 @@ class Graphs:
                 recorder.abandon()
                 raise
             finally:
-                self.constants.answering = False
+                self.constants.answering, self._recorder = False, None
                 if cache is not None:
                     cache.tap = None
         torch.cuda.current_stream().wait_stream(stream)

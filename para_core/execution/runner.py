@@ -43,6 +43,8 @@ class AttentionOverride:
         self.ways = Ways(chooser, compiled=compiled)
         self._bytes = Bytes(*wire.compiled()) if compiled else BYTES
         self.traffic = Traffic()
+        self.attended: Callable[[], None] = lambda: None
+        """Called after every call that was exchanged."""
         self._exchanges: dict[tuple[int, Joint, Joint], Exchange] = {}
 
     def __call__(self, func: Callable, *args, **kwargs) -> torch.Tensor:
@@ -90,7 +92,10 @@ class AttentionOverride:
 
     def _attend(self, exchange: Exchange | None, call: Call, beside: Beside | None = None) -> torch.Tensor:
         way = PLAIN if exchange is None else self.ways.way(exchange, call, self._where(), beside)
-        return attend_call(exchange, call, self.chooser.kernel(call), way, beside)
+        out = attend_call(exchange, call, self.chooser.kernel(call), way, beside)
+        if exchange is not None:
+            self.attended()
+        return out
 
     def _where(self) -> str:
         """The list of blocks that runs."""
@@ -132,6 +137,7 @@ class Runner:
         self.compiled = CompiledBlocks(self.hooks, self.override, OVERRIDE, chooser.say, shared=shared) if compiled else None
         self.cache = FirstBlockCache(self.hooks) if cached else None
         self.graphs = Graphs(chooser.say)
+        self.override.attended = self.graphs.attended
         if self.compiled is not None:
             self.compiled.around = self.graphs.constants.paused
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from execution import fake_graphs
 
-from para_core.execution.graphs import LIMIT, WARM, Graphs
+from para_core.execution.graphs import LIMIT, SEAM, WARM, Graphs
 
 
 @pytest.fixture
@@ -70,6 +70,33 @@ def test_a_shape_is_captured_once_and_replayed_with_new_numbers(graphs, model, c
         x = rows(5, seed).T.contiguous().T if seed % 2 else rows(5, seed)  # another memory layout is no other shape
         assert torch.equal(graphs.run(model, (x,), {}), model.expected(x))
     assert model.calls == WARM + 1 and card.begun == 1 and graphs.replays == card.replayed == 4
+
+
+@pytest.mark.parametrize(("calls", "parts"), [(SEAM - 1, 1), (SEAM, 2), (3 * SEAM, 2)])
+def test_a_shared_forward_is_captured_in_two_parts(graphs, model, card, calls, parts):
+    def attends() -> None:
+        for _ in range(calls):
+            graphs.attended()
+
+    model.fails = attends
+    for seed in range(WARM + 4):
+        assert torch.equal(graphs.run(model, (rows(5, seed),), {}), model.expected(rows(5, seed)))
+    assert card.begun == parts and graphs.replays == 4 and card.replayed == 4 * parts
+
+
+def test_where_its_second_part_cannot_be_captured_the_first_goes_too(graphs, model, card, said):
+    def fails() -> None:
+        for _ in range(SEAM):
+            graphs.attended()
+        if card.begun == 2:
+            raise RuntimeError("no")
+
+    model.fails = fails
+    assert torch.equal(graphs.run(model, (rows(4),), {}), model.expected(rows(4)))
+    with pytest.raises(RuntimeError, match="no"):  # outside of a capture, too
+        graphs.run(model, (rows(4),), {})
+    gc.collect()
+    assert not card.alive and not graphs.captures
 
 
 def test_a_result_stays_as_it_is_when_the_capture_is_replayed(graphs, model):

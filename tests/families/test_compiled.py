@@ -133,3 +133,15 @@ def test_a_replayed_forward_equals_the_eager_one(name: str) -> None:
     results, replays, said = run(model, steps, backend=None, graph=True)
     assert replays == 3 or any("without CUDA graphs" in sentence for sentence in said), said
     assert max(error(result, wanted) for result, wanted in zip(results, expected, strict=True)) < TOLERANCE
+
+
+def test_captures_hear_of_every_attention_call_that_was_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    from para_core.execution.graphs import Graphs
+
+    heard: list[int] = []
+    monkeypatch.setattr(Graphs, "attended", lambda _self: heard.append(1))
+    model, call = build("flux")
+    shared(model, [call])
+    assert not heard
+    shared(model, [call], ulysses=2)
+    assert len(heard) == 2 * (len(model.double_blocks) + len(model.single_blocks))
