@@ -67,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", help=f"for steps and peers: which, separated by commas ({MODELS})")
     parser.add_argument("--backends", help="for steps, profile and share: attention backends (exact,auto)")
     parser.add_argument("--modes", help="for steps, cache, profile and share: how blocks run (off,compile+graph)")
+    parser.add_argument("--ranks", default="2,4,8", help="for share: how many there are to be (2,4,8)")
     parser.add_argument("--out", type=Path, help="folder for the JSON record (default: records/, a temporary one with --quick)")
     parser.add_argument("--resume", type=Path, metavar="RECORD", help="leave out the rows of this record, and write it with the others")
     parser.add_argument("--commit", default="", help="what is measured, where git cannot tell")
@@ -83,6 +84,7 @@ def arguments() -> argparse.Namespace:
     options.what = options.what or list(COMMANDS)
     options.models = options.models or ("flux-1024,defaults" if options.quick else MODELS)
     options.backends = options.backends or ("exact" if options.quick else "exact,auto")
+    options.ranks = [int(count) for count in options.ranks.split(",")][: 1 if options.quick else None]
     options.modes = options.modes or ("off" if options.quick else "off,compile+graph")
     options.cpu = options.cpu or not has_card()
     return options

@@ -29,7 +29,6 @@ from para_core.group.transport import Life
 from para_core.sequence.mesh import Comm, Degrees, Link, Mesh
 from para_core.settings import Attention, Compile, Parallel
 
-RANKS = (2, 4, 8)
 LINKS = {
     "messages take no time": Link(0.0, float("inf")),
     "messages as over NVLink": Link(3e-5, 2.2e11),
@@ -44,7 +43,7 @@ def measure(record: Record, name: str, options: Namespace) -> None:
     ways: dict[str, tuple[str, int, Link]] = {}
     for mode in options.modes.split(","):
         ways[f"1 rank, {backend}, {mode}"] = mode, 1, Link(0.0, float("inf"))
-        for count in RANKS[: 1 if options.quick else None]:
+        for count in options.ranks:
             ways |= {f"1 of {count} ranks, {backend}, {mode}, {words}": (mode, count, link) for words, link in LINKS.items()}
     missing = [way for way in ways if record.find("share", case=name, way=way, memory=memory()) is None]
     if not missing:
