@@ -35,8 +35,11 @@ def kernels(device: torch.device) -> Any:
 
 def possible(*tensors: torch.Tensor) -> bool:
     """Whether these can be packed and unpacked here."""
-    fit = all(tensor.is_cuda and tensor.stride(-1) == 1 and tensor.numel() for tensor in tensors)
-    return fit and torch.version.hip is None and kernels(tensors[0].device) is not None
+    if not all(tensor.is_cuda and tensor.stride(-1) == 1 and tensor.numel() for tensor in tensors):
+        return False
+    if torch.cuda.is_current_stream_capturing() and torch.cuda.get_allocator_backend() != "native":
+        return False  # Triton asks the driver about every pointer, and it knows none that cudaMallocAsync gives to a capture
+    return torch.version.hip is None and kernels(tensors[0].device) is not None
 
 
 def pack(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sent: torch.Tensor, own: torch.Tensor, *, rank: int, ranks: int) -> None:
