@@ -1,8 +1,8 @@
 """The exchange of attention where there is a GPU: two ranks, what arrives and, on two cards, how long it takes.
 
-    python tests/gpu/exchange.py          cuDNN, SageAttention and comfy-kitchen, where installed; tables last (about a minute)
+    python tests/gpu/exchange.py          cuDNN, SageAttention and comfy-kitchen, where installed, and blocks; tables last (minutes)
     python tests/gpu/exchange.py --cpu    the same with CPU ranks and small tensors, to see that the script works
-    python tests/gpu/exchange.py NAME     only these kernels
+    python tests/gpu/exchange.py NAME     only these kernels, or blocks
     ... --compiled                        quantising compiled, rank 0's through inductor's C++ wrapper (add a minute or two)
 
 On one card both ranks use it, which shows whether results are right, not what they cost: only quantising alone is timed there,
@@ -13,6 +13,8 @@ First table: a call of 1537 tokens by two ranks, shared in every way. `exact`: r
 give the same bits as heads at once; `graph`: whether a captured call, replayed on other tensors, gives what an eager one gives.
 Second table: milliseconds of packing and unpacking what leaves a rank, as it is and as bytes; plain operations, then compiled.
 Third table, two cards: milliseconds of attention alone, the exchange alone, and both, eager and in a graph.
+Fourth table: FLUX models of a few compiled blocks. `stock`: relative error of one rank's eager forwards against float32; `error`:
+that of two ranks' compiled ones; `ms`, on two cards: of a forward, the MLP beside the exchange or not.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ sys.path.append(str(HERE.parent))
 
 import torch  # noqa: E402
 
+from gpu import blocks  # noqa: E402
 from gpu.processes import Process, put  # noqa: E402
 from para_core.attention import wire  # noqa: E402
 from para_core.attention.backends import BACKENDS, Backend, pytorch  # noqa: E402
@@ -78,7 +81,7 @@ class Nothing(Local):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(backend.name for backend in BACKENDS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join([*(backend.name for backend in BACKENDS), blocks.NAME]))
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -88,8 +91,8 @@ def main() -> None:
         with torch.inference_mode():
             inside(options.rank, options.store, options.names[0], cpu=options.cpu, compiled=options.compiled)
         return
-    started, tables, failed = time.time(), {"right": [], "bytes": [], "times": []}, 0
-    for name in options.names or (("pytorch",) if options.cpu else KERNELS):
+    started, tables, failed = time.time(), {"right": [], "bytes": [], "times": [], "blocks": []}, 0
+    for name in options.names or (*(("pytorch",) if options.cpu else KERNELS), blocks.NAME):
         rows, text = outcome(name, cpu=options.cpu, compiled=options.compiled)
         failed += sum("FAIL" in row for _, row in rows)
         for table, row in rows:
@@ -101,6 +104,7 @@ def main() -> None:
         "bytes": f"{'shape':15}{'as it is':>10}{'bytes':>10}{'compiled':>10}   {'MB sent':>8}{'GB/s copied':>12}",
         "times": f"{'kernel':14}{'shape':15}{'way':16}{'attention':>10}{'exchange':>10}{'both':>10}{'exposed':>9}"
         f"{'in a graph':>12}{'exposed':>9}",
+        "blocks": blocks.HEAD,
     }
     for table, rows in tables.items():
         if rows:
@@ -118,7 +122,7 @@ def outcome(name: str, *, cpu: bool, compiled: bool) -> tuple[list[tuple[str, st
         for rank in range(2):
             # ranks that share a card are taken for a mistake unless they seem to be on two machines
             own = {"NCCL_HOSTID": f"paradit-rank{rank}"} if not cpu and torch.cuda.device_count() < 2 else {}
-            own |= {} if rank or cpu else {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}
+            own |= {} if rank or cpu or name == blocks.NAME else {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}
             own |= {} if rank or cpu or not compiled else {"TORCHINDUCTOR_CPP_WRAPPER": "1"}
             ranks.append(Process([*call, "--rank", str(rank)], own, said=False))
         late = time.time() + LIMIT
@@ -134,13 +138,18 @@ def outcome(name: str, *, cpu: bool, compiled: bool) -> tuple[list[tuple[str, st
 
 
 def inside(rank: int, store: str, name: str, *, cpu: bool, compiled: bool) -> None:
-    backend = next(backend for backend in BACKENDS if backend.name == name)
     cards = 0 if cpu else torch.cuda.device_count()
     device = torch.device("cpu") if cpu else torch.device("cuda", rank % cards)
     if cpu:
         torch.set_num_threads(1)
     else:
         torch.cuda.set_device(device)
+    if name == blocks.NAME:
+        comm = Communicator.join(store, name, rank, 2, device, COLLECTIVE)
+        for row in blocks.rows(comm, device, cpu=cpu, timed=cpu or cards > 1):
+            say("blocks", row, comm)
+        return end(comm, device)
+    backend = next(backend for backend in BACKENDS if backend.name == name)
     heads, tokens, dim = (6, 77, 16) if cpu else (24, 1537, 128)
     dtype = torch.float32 if cpu else torch.bfloat16
     probe = torch.empty(1, device=device, dtype=dtype).expand(1, heads, tokens, dim)
@@ -159,6 +168,10 @@ def inside(rank: int, store: str, name: str, *, cpu: bool, compiled: bool) -> No
             print(f"SAY link: {found.latency * 1e6:.0f} us, {found.rate / 1e9:.0f} GB/s")
         for shape, sizes in (SMALL if cpu else SHAPES).items():
             times(Ranks(comm, backend, device, dtype, compiled=compiled), shape, *sizes)
+    end(comm, device)
+
+
+def end(comm: Communicator, device: torch.device) -> None:
     comm.all_reduce(torch.zeros(1, device=device))
     comm.settle()
     comm.close()
@@ -218,10 +231,10 @@ def right(ranks: Ranks, heads: int, tokens: int, dim: int) -> None:
             wrong = wrong or same == "differ" and ranks.backend.exact
             wrong = agreed(ranks, wrong)
             text = f"{ranks.backend.name:14}{mode:9}{name:16}{error:<9.1e}{alone:<9.1e}{added:<9.1e}{same:7}{graph:7}"
-            say("right", text + ("FAIL" if wrong else "ok"), ranks)
+            say("right", text + ("FAIL" if wrong else "ok"), ranks.comm)
         local[2][..., 0, 0] = float("nan") if ranks.comm.rank else 1.0
         seen = torch.isnan(ranks.call(exchange, WAYS["bytes"], local)()).any()
-        say("right", f"{ranks.backend.name:14}{mode:9}{'NaN, as bytes':57}{'FAIL' if agreed(ranks, not seen) else 'ok'}", ranks)
+        say("right", f"{ranks.backend.name:14}{mode:9}{'NaN, as bytes':57}{'FAIL' if agreed(ranks, not seen) else 'ok'}", ranks.comm)
 
 
 def same_bits(ranks: Ranks, exchange: Exchange, way: Way, local: list[torch.Tensor], out: torch.Tensor, once: dict) -> str:
@@ -263,8 +276,8 @@ def agreed(ranks: Ranks, wrong: object) -> bool:
     return bool(found.item())
 
 
-def say(table: str, row: str, ranks: Ranks | None = None) -> None:
-    if ranks is None or ranks.comm.rank == 0:
+def say(table: str, row: str, comm: Communicator | None = None) -> None:
+    if comm is None or comm.rank == 0:
         put(table, row)
 
 
@@ -328,7 +341,7 @@ def times(ranks: Ranks, shape: str, heads: int, tokens: int, dim: int) -> None:
         exchange.kernel = Nothing(ranks.backend)
         only = spent(ranks.call(exchange, way, local), ranks.device, count)
         figures = f"{attention:10.3f}{only:10.3f}{both:10.3f}{both - attention:9.3f}{graph:12.3f}{graph - attention:9.3f}"
-        say("times", f"{ranks.backend.name:14}{shape:15}{name:16}{figures}", ranks)
+        say("times", f"{ranks.backend.name:14}{shape:15}{name:16}{figures}", ranks.comm)
 
 
 if __name__ == "__main__":
