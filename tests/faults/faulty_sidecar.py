@@ -2,7 +2,8 @@
 
 The file that $FAULT names holds {"rank": 1, "at": place, "after": times, "how": what}. It is removed when the fault happens,
 so each happens once; $FAULT with ".at" added then holds the time. Places: exchange (an attention exchange), capture (one that
-becomes part of a CUDA graph), replay (of a CUDA graph, just launched), join, receive (weights), patch.
+becomes part of a CUDA graph), replay (of a CUDA graph, just launched), there and back (an MLP that is computed while attention's
+messages travel), join, receive (weights), patch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch  # noqa: E402
 
 from para_core import sidecar  # noqa: E402
 from para_core.execution.graphs import Capture  # noqa: E402
+from para_core.execution.parallel_mlp import Mlp  # noqa: E402
 from para_core.group.communicator import Communicator  # noqa: E402
 from para_core.group.worker import Worker  # noqa: E402
 
@@ -53,8 +55,10 @@ def reached(place: str) -> None:
     raise ValueError("the kernel did not like these numbers")
 
 
-replay, all_to_all, broadcast, on_join, on_model, on_patches = (
+replay, there, back, all_to_all, broadcast, on_join, on_model, on_patches = (
     Capture.replay,
+    Mlp.there,
+    Mlp.back,
     Communicator._all_to_all,
     Communicator.broadcast,
     Worker.on_join,
@@ -72,6 +76,14 @@ def exchange(self, *args, **options):
 def launch(self, cache):
     replay(self, cache)
     reached("replay")
+
+
+def beside(place, original):
+    def launch(self):
+        reached(place)
+        original(self)
+
+    return launch
 
 
 def join(self, order):
@@ -100,6 +112,7 @@ def patches(self, order):
 
 
 Capture.replay = launch
+Mlp.there, Mlp.back = beside("there", there), beside("back", back)
 Communicator._all_to_all = exchange
 Communicator.broadcast = receive
 Worker.on_join = join

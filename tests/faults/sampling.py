@@ -33,6 +33,7 @@ class Prompt:
     threshold: float = 0.0  # of the cache; 0: off
     cfg: float = 1.0
     tokens: tuple[int, int] = (11, 11)
+    compiled: bool = False
 
 
 @dataclass
@@ -85,9 +86,10 @@ def reference(prompt: Prompt) -> torch.Tensor:
 def prepared(prompt: Prompt):
     """The model with the prompt's nodes applied, kept as a server keeps the results of nodes."""
     from para_core.comfy.attach import attach
-    from para_core.settings import Cache, Parallel
+    from para_core.settings import Cache, Compile, Parallel
 
     model = attach(load(prompt.kind), Parallel(gpus=prompt.ranks))
+    model = attach(model, Compile("compile")) if prompt.compiled else model
     return attach(model, Cache(threshold=prompt.threshold)) if prompt.threshold else model
 
 

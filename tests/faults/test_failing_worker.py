@@ -217,3 +217,41 @@ def test_a_worker_that_starts_at_the_second_try_is_used_in_the_same_prompt(group
     group = group_running(script)
     check_full(Prompt())
     assert group.counts["starts"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["there", "back"])
+@pytest.mark.parametrize("how", ["error", "kill", "hang"])
+def test_a_worker_that_fails_while_messages_travel_beside_its_mlp_costs_time_not_the_image(group, order, how: str, at: str) -> None:
+    prompt = Prompt(compiled=True)
+    check_full(prompt)
+    group.timeouts.stuck, group.timeouts.slowest = 2.0, 2.0
+    undo = at_step(group, 1, 0.0, lambda: fault(order, at, how, after=1))
+    outcome = run(prompt)
+    undo()
+    assert not order.exists()
+    check_alone(outcome, prompt, "rank 1 on cpu", "next prompt")
+    group.timeouts = type(group.timeouts)()
+    check_full(prompt)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["there", "back"])
+def test_the_first_rank_failing_while_messages_travel_beside_its_mlp_leaves_nothing_behind(group, monkeypatch, at: str) -> None:
+    from para_core.execution.parallel_mlp import Mlp
+
+    prompt = Prompt(compiled=True)
+    check_full(prompt)
+    original, seen = getattr(Mlp, at), []
+
+    def fails(mlp: Mlp) -> None:
+        seen.append(at)
+        if len(seen) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        original(mlp)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mlp, at, fails)
+        check_alone(run(prompt), prompt, "rank 0 failed: OutOfMemoryError")
+    assert len(seen) > 4, "the rest of the run, alone, computed its blocks too"
+    check_full(prompt)
