@@ -52,8 +52,16 @@ def features_first(attention, features):
     return torch.cat((features, attention), -1)
 
 
-def block(run: int, *, activation=gelu, join=joined, features_last=True, change=lambda qkv, mlp, attention: (mlp, attention)):
-    """A function like FLUX's single block without its norms. ``change`` does something more to its parts."""
+def unchanged(qkv, mlp, attention):
+    return mlp, attention
+
+
+def nothing(*_):
+    return 0
+
+
+def block(run: int, *, activation=gelu, join=joined, features_last=True, change=unchanged, more=nothing):
+    """A function like FLUX's single block without its norms. ``change`` and ``more`` do something else with its parts."""
     wide = FEATURES * (2 if activation is gate else 1)
 
     def forward(x, w1, b1, w2, b2):
@@ -63,7 +71,8 @@ def block(run: int, *, activation=gelu, join=joined, features_last=True, change=
         q, k, v = qkv.view(*qkv.shape[:2], 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
         attention = torch.ops.paradit.attention(2 * q, k, v, None, None, run, 0, True).transpose(1, 2).flatten(2)
         mlp, attention = change(qkv, mlp, attention)
-        return x + F.linear(join(attention, activation(mlp)), w2, b2)
+        activated = activation(mlp)
+        return x + F.linear(join(attention, activated), w2, b2) + more(attention, mlp, activated)
 
     return forward
 
@@ -116,11 +125,14 @@ def twice_joined(attention, features):
 
 CHANGES = {
     "features of attention": lambda qkv, mlp, attention: (mlp * attention.sum(), attention),
-    "features used twice": lambda qkv, mlp, attention: (mlp, attention + mlp[..., :WIDTH]),
     "attention changed": lambda qkv, mlp, attention: (mlp, attention * 2),
-    "attention used twice": lambda qkv, mlp, attention: (mlp * 1, attention + attention.mean()),
     "features of qkv": lambda qkv, mlp, attention: (qkv[..., :FEATURES], attention),
     "written": lambda qkv, mlp, attention: (mlp.mul_(2), attention),
+}
+MORE = {
+    "attention used again": lambda attention, mlp, activated: attention,
+    "features used again": lambda attention, mlp, activated: mlp[..., :WIDTH],
+    "activated features used again": lambda attention, mlp, activated: activated[..., :WIDTH],
 }
 OTHERS = [
     {"activation": other_gelu},
@@ -128,10 +140,11 @@ OTHERS = [
     {"join": three_joined},
     {"join": twice_joined},
     *({"change": change} for change in CHANGES.values()),
+    *({"more": more} for more in MORE.values()),
 ]
 
 
-@pytest.mark.parametrize("changes", OTHERS, ids=["gelu", "sine", "three", "twice", *CHANGES])
+@pytest.mark.parametrize("changes", OTHERS, ids=["gelu", "sine", "three", "twice", *CHANGES, *MORE])
 def test_what_looks_otherwise_stays(changes):
     attend = Attend()
     agree(block(operation.number(attend), **changes), given(), attend, applied=0)
