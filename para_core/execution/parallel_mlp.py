@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch.fx import Graph
 from torch.fx import Node as AnyNode
 
+from ..attention.wire import Compiled
 from .rewrites import Node, called, erase, fits, is_tanh_gelu, join_dim, layer, only_use, operations, plain, quiet, value
 
 
@@ -48,8 +50,9 @@ class Mlp:
         """The first layer and the activation."""
         x, up, bias = self._x, self._up, self._up_bias
         if self._gated:
-            gate, gated = F.linear(x, up, bias).chunk(2, dim=-1)
-            self._features = F.silu(gate, inplace=True).mul_(gated)  # in place, so that nothing more is held
+            both = F.linear(x, up, bias)
+            self._features = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
+            (compiled_gate() if x.is_cuda else gate)(both, self._features)
         elif bias is not None and fits(x, up, bias):
             self._features = torch._addmm_activation(bias, x.flatten(0, 1), up.t(), use_gelu=True).view(*x.shape[:2], -1)
         else:
@@ -69,6 +72,18 @@ class Mlp:
         assert self._part is not None
         self._part.flatten(0, 1).addmm_(attended.flatten(0, 1), columns.t())  # the sum costs no kernel of its own
         return self._part
+
+
+def gate(both: torch.Tensor, into: torch.Tensor) -> None:
+    """Write SiLU of the first half of ``both`` ``(..., 2 * F)`` times the second ``into`` ``(..., F)``."""
+    first, second = both.chunk(2, dim=-1)
+    into.copy_(F.silu(first) * second)
+
+
+@lru_cache(maxsize=1)
+def compiled_gate() -> Compiled:
+    """``gate`` as one kernel."""
+    return Compiled(gate)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,39 @@ def test_many_sizes_and_text_lengths_compile_a_bounded_number_of_times(tiny):
         found.remove()
 
 
+def test_runs_alone_and_of_several_ranks_have_code_of_their_own_and_find_it_again(tiny, monkeypatch):
+    from comfy.ldm.modules.attention import optimized_attention
+
+    from para_core.attention.choice import Chooser
+    from para_core.execution import compiled
+    from para_core.execution.runner import Runner
+    from para_core.plans import flux
+
+    made: list[str] = []
+
+    def inductor(graph, _inputs):
+        made.append("alone")
+        return graph
+
+    def for_ranks(graph, _inputs):
+        made.append("of several")
+        return graph
+
+    monkeypatch.setattr(compiled, "inductor", inductor)
+    monkeypatch.setattr(compiled, "for_ranks", for_ranks)
+    make, call = tiny
+    model, extra = make("flux")
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        for shared in (False, True) * 3:
+            found = Runner(flux.PLAN, model, Chooser(None), cached=False, compiled=True, stock=optimized_attention, shared=shared)
+            run(found, model, call("flux"), extra)
+            found.remove()
+            assert found.compiled.failure is None
+            del found
+    assert made == ["alone"] * 2 + ["of several"] * 2, "the classes of blocks, once each"
+
+
 def test_a_cache_over_compiled_blocks_that_never_hits_changes_nothing(tiny):
     from para_core.cache.first_block import Chunk, Step
     from para_core.execution.runner import OVERRIDE

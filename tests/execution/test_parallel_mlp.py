@@ -221,6 +221,21 @@ def test_what_fails_beside_attention_leaves_nothing_behind(broken, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_gate_is_one_kernel_of_the_real_compiler(comfy):
+    """As on a card. A rank may have one row."""
+    from para_core.execution.parallel_mlp import compiled_gate
+
+    torch._dynamo.reset()
+    for batch, rows in ((2, 7), (1, 5), (1, 1), (3, 11)):
+        both = torch.randn(batch, rows, 2 * FEATURES)
+        into = torch.empty(batch, rows, FEATURES)
+        with torch.inference_mode():
+            compiled_gate()(both, into)
+        assert torch.allclose(into, gate(both), rtol=1e-5, atol=1e-6)
+    assert compiled_gate()._compiled is not None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cpp_wrapper", [False, True], ids=["python", "c++"])
 @pytest.mark.parametrize("activation", [gelu, gate], ids=lambda function: function.__name__)
 def test_the_real_compiler_agrees_and_copies_no_weight(comfy, activation, cpp_wrapper):

@@ -111,6 +111,24 @@ def test_blocks_whose_mlp_is_computed_beside_the_exchange_equal_stock(name: str,
     assert backend.applied
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float32], ids=str)
+def test_weights_that_their_layer_casts_are_cut_too(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.ops
+
+    from .tiny import common
+
+    monkeypatch.setattr(common, "settings", lambda: {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.manual_cast})
+    model, call = CASES["flux"]()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype if name.endswith(("linear1.weight", "linear2.weight")) else torch.float32)
+    torch._dynamo.reset()
+    backend = ForRanks()
+    (result,), _ = shared(model, [call], 1, 2, compiled=backend)
+    assert error(result, stock(model, call)) < TOLERANCE
+    assert backend.applied
+
+
 def on_each(value, change):
     """Every tensor in nested containers changed."""
     if isinstance(value, torch.Tensor):

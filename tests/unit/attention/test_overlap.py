@@ -96,3 +96,17 @@ ORDERS = {
 def test_what_stands_beside_a_call_is_launched_while_its_messages_travel(degrees):
     """In a ring nothing of Ulysses travels: it is the caller's to compute."""
     assert recorded(*degrees[:2], 6, degrees[2], beside=True) == [ORDERS[degrees].split(", ")] * degrees[0] * degrees[1]
+
+
+@pytest.mark.parametrize("without", range(3))
+def test_a_rank_with_nothing_beside_fits_the_others(without):
+    """Blocks could not be compiled there."""
+    joint, meshes = Joint((balanced(11, 3),)), fake_meshes(1, 3)
+    q, k, v = tensors(joint, joint, 6, 6, 2, 0)
+
+    def work(rank):
+        local = [tensor[:, :, rows_of(joint, rank)] for tensor in (q, k, v)]
+        return attend(Exchange(meshes[rank], joint, joint, ExactKernel()), *local, beside=None if rank == without else Noting([]))
+
+    for rank, out in enumerate(on_ranks(3, work)):
+        assert_same(out, reference(q, k, v)[:, :, rows_of(joint, rank)])
