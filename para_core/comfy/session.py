@@ -31,7 +31,7 @@ from ..sequence.mesh import Degrees
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
-from . import accelerate, calls, compiling, reports, resident, sidecars, static, windows
+from . import accelerate, calls, compiling, objects, reports, resident, sidecars, static, windows
 from .calls import ModelCall
 from .forecasting import Forecaster
 from .lanes import Call, Lanes
@@ -71,6 +71,7 @@ class Session:
         self.compiling: Compile = settings.get("Compile", Compile("off"))
         if compiling.settled(self.compiling, self.patcher, self.options.get("transformer_options", {})):
             self.patcher = static.copy(self.patcher, self.notes.say)
+        objects.settle(self.patcher)
         self.model: torch.nn.Module = self.patcher.model.diffusion_model
         self.names = calls.names(self.model)
         self.evaluation = calls.Evaluation()
