@@ -9,6 +9,8 @@ from __future__ import annotations
 import comfy.utils
 from comfy.model_patcher import ModelPatcher
 
+from ..plans.plan import Plan
+
 MODEL = "diffusion_model"
 
 
@@ -20,3 +22,10 @@ def settle(patcher: ModelPatcher) -> None:
         comfy.utils.set_attr(patcher.model, name, originals.pop(name))
     for name, held in own.items():
         originals.setdefault(name, comfy.utils.set_attr(patcher.model, name, held))
+
+
+def block_method(patcher: ModelPatcher, plan: Plan) -> str:
+    """The first ``forward`` of a block that a node has replaced; "" if there is none. It takes ours away when the model is loaded."""
+    lists = [f"{MODEL}.{spec.path}" for spec in plan.stacks]
+    found = (name for name in patcher.object_patches if name.endswith(".forward") and name.rsplit(".", 2)[0] in lists)
+    return next(found, "")

@@ -85,6 +85,7 @@ class Session:
         self.steps, self.forwards = steps, 0
         self.meter = Meter(self.patcher.load_device)
         self.latents: reports.Mark | None = None
+        self.entered: Callable | None = None  # stands for the model's entry method
         self._undo: list = []
 
     # -- opening and closing ------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ class Session:
         if self.runner is not None or self.attention is not None:
             options[calls.OVERRIDE] = self.runner.override if self.runner is not None else AttentionOverride(chooser, None)
         if self.used:
-            self._wrap(WrappersMP.SAMPLER_SAMPLE, self.keep_conditions)
+            self._wrap(WrappersMP.SAMPLER_SAMPLE, self.loaded)
         # also where nothing else is ours: then the forwards are only timed
         forward: Callable = self.forward
         if calls.compiled_elsewhere(options):
@@ -128,7 +129,7 @@ class Session:
                 return
             self.notes.say("What Torch Compile Model compiles runs uncompiled here; the node Compile Blocks does it with this pack.")
             forward = torch.compiler.disable(self.forward_uncompiled)
-        self.original = getattr(self.model, calls.entry(self.model))
+        self.original, self.entered = getattr(self.model, calls.entry(self.model)), forward
         self._undo.append(replace(self.model, calls.entry(self.model), forward))
 
     @property
@@ -150,13 +151,17 @@ class Session:
             name = type(self.model).__name__
             self.notes.say(f"No step is cached: the rule classic does not know the blocks of {name}; forecast works with any model.")
             caching = False
+        method = objects.block_method(self.patcher, plan)
+        if method and (caching or self.compiling.blocks):
+            self.notes.say(f"The cache's rule classic and compiled blocks are left out: a node replaced {method}.")
+            caching = False
         try:
             self.runner = Runner(
                 plan,
                 self.model,
                 chooser,
                 cached=caching,
-                compiled=self._compiles(),
+                compiled=not method and self._compiles(),
                 stock=optimized_attention,
                 foreign=bool(self.foreign),
                 shared=bool(devices),
@@ -184,8 +189,10 @@ class Session:
         add_wrapper_with_key(place, KEY, wrapper, self.options, is_model_options=True)
         self._undo.append(partial(self.options["transformer_options"]["wrappers"][place].pop, KEY, None))
 
-    def keep_conditions(self, executor, guider, *args, **kwargs):
-        """SAMPLER_SAMPLE wrapper: the conditions have been prepared for this run, the first step comes next."""
+    def loaded(self, executor, guider, *args, **kwargs):
+        """SAMPLER_SAMPLE wrapper: model and conditions have been prepared for this run, the first step comes next."""
+        if self.entered is not None:  # a node's own entry method would have been put in with the model
+            setattr(self.model, calls.entry(self.model), self.entered)
         resident.keep(guider.conds, self.patcher.load_device)
         return executor(guider, *args, **kwargs)
 
@@ -233,7 +240,7 @@ class Session:
         while self._undo:
             self._undo.pop()()
         report = self.report()
-        self.split = None  # which knows this session: nothing may keep the patcher, not even until Python looks for circles
+        self.split = self.entered = None  # which know this session: nothing may keep the patcher, not even until Python looks for circles
         if self.used:
             log.info("%s: %s", report["model"], summary(report))
             log.info("run: %s", json.dumps(report))

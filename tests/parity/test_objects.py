@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from parity.inprocess import Job, changed, error, footprint, load, run, sample
+from parity.inprocess import Job, attached, changed, error, footprint, load, run, sample
 
 from para_core.settings import Attention, Cache, Parallel
 
@@ -65,3 +67,58 @@ def test_a_run_leaves_a_model_that_holds_such_an_object_as_it_found_it() -> None
     assert original is around._orig_mod and not hasattr(around, "_undo") and "forward" not in vars(around) | vars(original)
     sample(load("flux_small"), JOB)
     assert load("flux_small").model.diffusion_model.single_blocks[3] is original
+
+
+def with_method(name: str) -> tuple[Any, list[int]]:
+    """A clone one of whose methods a node has replaced by one that does the same, and counts."""
+    model, calls = load("flux_small").clone(), []
+    original = load("flux_small").get_model_object(name)
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    model.add_object_patch(name, method)
+    return model, calls
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_blocks_whose_method_a_node_has_replaced_are_not_cached_and_a_sentence_says_so(index: int) -> None:
+    name = f"diffusion_model.single_blocks.{index}.forward"
+    expected = sample(load("flux_small"), JOB)
+    model, calls = with_method(name)
+    for turn in range(2):
+        result, report = run(model, JOB, Cache(1e9))
+        assert torch.equal(result, expected) and len(calls) == (turn + 1) * 2 * JOB.steps
+        assert len(report["notes"]) == 1 and name in report["notes"][0] and report["cached"] == 0
+    _, report = run(load("flux_small"), JOB, Cache(1e9))
+    assert report["cached"] == 6
+
+
+@pytest.mark.parametrize("settings", [(Cache(1e9),), (Cache(1e9, rule="forecast"),), (Attention("pytorch"),)])
+def test_calls_go_through_the_run_where_a_node_has_replaced_the_model_s_method(settings: tuple) -> None:
+    job = JOB.but(steps=6)
+    expected, alone = run(load("flux_small"), job, *settings)
+    model, calls = with_method("diffusion_model._forward")
+    for _ in range(2):
+        calls.clear()
+        result, report = run(model, job, *settings)
+        assert torch.equal(result, expected) and report["cached"] == alone["cached"] and report["forwards"] == alone["forwards"]
+        foretold = report["cached"] if settings[0] == Cache(1e9, rule="forecast") else 0
+        assert len(calls) == report["forwards"] - foretold
+    assert torch.equal(run(load("flux_small"), job, *settings)[0], expected)
+
+
+@pytest.mark.parametrize("settings", [(Cache(0.2),), (Cache(1.0, rule="forecast"),), (Attention("pytorch"),)])
+def test_nothing_but_the_graph_keeps_a_model_after_its_run(settings: tuple) -> None:
+    """ComfyUI frees a model when its last patcher goes: not only when Python looks for circles."""
+    model = attached(load("flux_small"), *settings)
+    kept = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        sample(model, JOB)
+        del model
+        assert kept() is None
+    finally:
+        gc.enable()
