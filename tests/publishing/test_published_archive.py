@@ -129,7 +129,7 @@ def test_the_published_library_imports_without_comfyui_and_without_cuda(tmp_path
     script = """
 import importlib, pkgutil, sys
 import para_core
-skipped = ("para_core.comfy", "para_core.diffusers")
+skipped = ("para_core.comfy", "para_core.attention.packing_kernels")  # the latter is Triton's
 for module in pkgutil.walk_packages(para_core.__path__, "para_core."):
     if not module.name.startswith(skipped) and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
