@@ -153,7 +153,7 @@ class Session:
             caching = False
         method = objects.block_method(self.patcher, plan)
         if method and (caching or self.compiling.blocks):
-            self.notes.say(f"The cache's rule classic and compiled blocks are left out: a node replaced {method}.")
+            self.notes.say(f"The rule classic and compiled blocks are left out, because a node replaced {method}; forecast works with it.")
             caching = False
         try:
             self.runner = Runner(
