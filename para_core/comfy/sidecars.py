@@ -54,6 +54,9 @@ def devices(settings: Parallel, own: torch.device, say: Callable[[str], None]) -
     if found and sys.platform != "linux":  # workers are reached through Unix sockets and talk through NCCL
         say("Splitting needs Linux: this run stays on one GPU.")
         return []
+    if found and not torch.distributed.is_available():
+        say("Splitting needs torch.distributed, which this PyTorch was built without: this run stays on one GPU.")
+        return []
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import FileStore, PrefixStore, Store
+import torch.distributed as dist
 
 from ..sequence.mesh import Degrees, Mesh, replica_speeds
 from ..stopwatch import Exchanged
@@ -39,7 +39,7 @@ class Communicator:
     ``settle`` turns into the error.
     """
 
-    def __init__(self, rank: int, ranks: Sequence[int], device: torch.device, store: Store | None, timeout_s: float, life: Life):
+    def __init__(self, rank: int, ranks: Sequence[int], device: torch.device, store: dist.Store | None, timeout_s: float, life: Life):
         self.rank = rank
         self.ranks = tuple(ranks)
         self.size = len(self.ranks)
@@ -53,7 +53,7 @@ class Communicator:
     @classmethod
     def join(
         cls,
-        store: str | Path | Store,
+        store: str | Path | dist.Store,
         name: str,
         rank: int,
         size: int,
@@ -74,9 +74,9 @@ class Communicator:
         life.on_wait = on_wait
         if size == 1:
             return cls(0, (0,), device, None, timeout_s, life)
-        if not isinstance(store, Store):
-            store = FileStore(str(store))
-        store = PrefixStore(name, store)
+        if not isinstance(store, dist.Store):
+            store = dist.FileStore(str(store))
+        store = dist.PrefixStore(name, store)
         store.set_timeout(timedelta(seconds=join_timeout_s))
         communicator = cls(rank, range(size), device, store, timeout_s, life)
         communicator._open("world", join_timeout_s)
@@ -113,7 +113,7 @@ class Communicator:
         if self.size == 1:
             return
         assert self._store is not None
-        store = PrefixStore(f"{name}/", self._store)
+        store = dist.PrefixStore(f"{name}/", self._store)
         deadline = time.monotonic() + timeout_s
         if self.device.type == "cuda":
             _tell_nccl()
@@ -127,7 +127,7 @@ class Communicator:
         if self._life.aborted:  # by another thread, which did not see the new transport
             self._transport.abort()
 
-    def _meet(self, store: Store, timeout_s: float) -> None:
+    def _meet(self, store: dist.Store, timeout_s: float) -> None:
         """Wait for all members. The backends then connect within milliseconds; a wait of their own could not be ended."""
         store.set(f"here{self.rank}", "1")
         deadline = time.monotonic() + timeout_s

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store
 
 from .transport import LOOK, CommunicationFailed, Life, failures
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 
 def _loopback_device() -> Any:

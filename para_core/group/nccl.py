@@ -14,12 +14,14 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed import Store
 
 from .transport import CommunicationFailed, Life
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _SUCCESS, _IN_PROGRESS = 0, 7
 _SUM = 0

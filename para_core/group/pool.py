@@ -16,11 +16,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
+from typing import TYPE_CHECKING
 
 from .channel import Channel, call
 from .launch import key_file
+
+if TYPE_CHECKING:  # some builds of torch, such as that for AMD on Windows, have no torch.distributed
+    from torch.distributed.elastic.multiprocessing import PContext
 
 # Seconds until a killed process must be gone. One in an uninterruptible driver call can take longer; it is left then.
 _KILLED = 10
@@ -134,6 +136,9 @@ def _make_directory() -> Path:
 
 def _start(script: Path, socket_path: Path, environment: Mapping[str, str], log_directory: Path) -> PContext:
     """Start the one process of a context of its own, so that no failure ends another's life."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
+
+    logging.getLogger(PContext.__module__).addFilter(_filter)
 
     def start() -> PContext:
         with _quiet():
@@ -162,7 +167,6 @@ class _QuietHere(logging.Filter):
 
 
 _filter = _QuietHere()
-logging.getLogger(PContext.__module__).addFilter(_filter)
 
 
 @contextlib.contextmanager

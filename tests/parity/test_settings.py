@@ -64,6 +64,18 @@ def test_splitting_elsewhere_than_on_linux_is_left_out_and_said(comfy, monkeypat
     assert heard == said
 
 
+def test_splitting_without_torch_distributed_is_left_out_and_said(comfy, monkeypatch):
+    import torch
+
+    from para_core.comfy import sidecars
+    from para_core.settings import Parallel
+
+    heard: list[str] = []
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    assert sidecars.devices(Parallel(2), torch.device("cpu"), heard.append) == []
+    assert heard == ["Splitting needs torch.distributed, which this PyTorch was built without: this run stays on one GPU."]
+
+
 @pytest.mark.parametrize(("device", "hip", "named"), [("cuda:0", "7.0", "an AMD GPU"), ("mps", None, "mps")])
 def test_other_gpus_than_nvidia_s_are_named_where_splitting_and_graphs_are_left_out(comfy, monkeypatch, device, hip, named):
     from types import SimpleNamespace
