@@ -21,7 +21,7 @@ KINDS = {
     "attention": ("fmha", "flash", "sdpa", "attn", "attention", "qk_int8", "quant", "subtractmean", "sub_mean", "transposepadpermute"),
     "matrices": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "addmm", "mkl", "linear"),
     "messages": ("nccl", "wait"),
-    "copies": ("memcpy", "memset", "copy"),
+    "copies": ("memcpy", "memset", "copy", "pack"),
 }
 """Parts of kernels' names, the first that fits. What is none of these is element by element: norms, modulation, rotation, sums."""
 STEPS = 2  # that are looked at
@@ -86,4 +86,6 @@ def idle(busy: list[tuple[float, float]]) -> float:
 
 def kind(name: str) -> str:
     lower = name.lower()
+    if lower.startswith("triton_"):  # the compiler's, named after what stands around them
+        return "element by element"
     return next((kind for kind, words in KINDS.items() if any(word in lower for word in words)), "element by element")
