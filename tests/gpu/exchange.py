@@ -20,6 +20,7 @@ that of two ranks' compiled ones; `ms`, on two cards: of a forward, the MLP besi
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 import tempfile
 import time
@@ -34,7 +35,7 @@ sys.path.append(str(HERE.parent))
 import torch  # noqa: E402
 
 from gpu import blocks  # noqa: E402
-from gpu.processes import Process, put  # noqa: E402
+from gpu.processes import SHOWN, Process, put  # noqa: E402
 from para_core.attention import wire  # noqa: E402
 from para_core.attention.backends import BACKENDS, Backend, pytorch  # noqa: E402
 from para_core.attention.choice import request_of  # noqa: E402
@@ -124,13 +125,13 @@ def outcome(name: str, *, cpu: bool, compiled: bool) -> tuple[list[tuple[str, st
             own = {"NCCL_HOSTID": f"paradit-rank{rank}"} if not cpu and torch.cuda.device_count() < 2 else {}
             own |= {} if rank or cpu or name == blocks.NAME else {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}
             own |= {} if rank or cpu or not compiled else {"TORCHINDUCTOR_CPP_WRAPPER": "1"}
-            ranks.append(Process([*call, "--rank", str(rank)], own, said=False))
+            ranks.append(Process([*call, "--rank", str(rank)], own, said=not rank))
         late = time.time() + LIMIT
         codes = [process.end(max(1.0, late - time.time())) for process in ranks]
     rows = [(table, row) for table, row in ranks[0].rows]
     if codes != ["0", "0"]:
         rows.append(("right", f"{name:14}FAIL: the ranks ended with {' and '.join(codes)}"))
-        return rows, "\n".join("\n".join([f"-- rank {rank}", *process.lines[-60:]]) for rank, process in enumerate(ranks))
+        return rows, "\n".join("\n".join([f"-- rank {rank}", *process.lines[-SHOWN:]]) for rank, process in enumerate(ranks))
     return rows, "\n".join(line for line in ranks[0].lines if line.startswith("SAY "))
 
 
@@ -138,6 +139,7 @@ def outcome(name: str, *, cpu: bool, compiled: bool) -> tuple[list[tuple[str, st
 
 
 def inside(rank: int, store: str, name: str, *, cpu: bool, compiled: bool) -> None:
+    faulthandler.dump_traceback_later(LIMIT - 10)  # where it hangs, if it does
     cards = 0 if cpu else torch.cuda.device_count()
     device = torch.device("cpu") if cpu else torch.device("cuda", rank % cards)
     if cpu:

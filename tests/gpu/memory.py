@@ -73,7 +73,7 @@ def main() -> None:
     started, names = time.time(), options.names or [*CASES]
     call = [sys.executable, str(Path(__file__).resolve()), *(["--cpu"] if options.cpu else [])]
     rows = processes.run(call, names, HEADS, limit=LIMIT, jobs=1 if options.cpu else len(names))
-    processes.table(HEADS, rows, started)
+    sys.exit(bool(processes.table(HEADS, rows, started)))
 
 
 def inside(name: str, *, cpu: bool) -> None:

@@ -70,7 +70,7 @@ def main() -> None:
         write_flux(Path(folder), cpu=options.cpu)
         call = [sys.executable, str(Path(__file__).resolve()), "--folder", folder, *(["--cpu"] if options.cpu else [])]
         rows = processes.run(call, names, HEADS, limit=LIMIT, jobs=options.jobs or len(names))
-    processes.table(HEADS, rows, started)
+    sys.exit(bool(processes.table(HEADS, rows, started)))
 
 
 def inside(name: str, folder: Path, *, cpu: bool) -> None:

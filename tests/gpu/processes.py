@@ -93,9 +93,14 @@ def failed(name: str, what: str, heads: Mapping[str, int], why: str) -> list[str
     return [name, what, "FAIL", *["-"] * (len(heads) - 3), why.replace("\n", " ")[:200]]
 
 
-def table(heads: Mapping[str, int], rows: Sequence[Sequence[str]], started: float) -> None:
-    """Print all rows; ``heads``: the columns, notes apart, and how wide they are. ``started``: seconds since 1970."""
+def table(heads: Mapping[str, int], rows: Sequence[Sequence[str]], started: float) -> int:
+    """Print all rows and return how many are not ok.
+
+    ``heads``: the columns, notes apart, and how wide they are. ``started``: seconds since 1970.
+    """
     print("\n" + " ".join(f"{head:{width}}" for head, width in heads.items()) + " notes")
     for row in rows:
         print(" ".join(f"{value:{width}}" for value, width in zip(row, [*heads.values(), 0], strict=False)))
-    print(f"{time.time() - started:.0f} s, {sum(row[2] != 'ok' for row in rows)} of {len(rows)} not ok")
+    wrong = sum(row[2] != "ok" for row in rows)
+    print(f"{time.time() - started:.0f} s, {wrong} of {len(rows)} not ok")
+    return wrong

@@ -87,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="paradit-front-") as front, ThreadPoolExecutor(options.jobs or len(names)) as pool:
         found = list(pool.map(lambda name: case(name, cards, front, options.log), names))
     print("\n".join(text for _, text in found))
-    processes.table(HEADS, [row for own, _ in found for row in own], started)
+    sys.exit(bool(processes.table(HEADS, [row for own, _ in found for row in own], started)))
 
 
 def write_models() -> None:

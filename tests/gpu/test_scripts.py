@@ -32,7 +32,7 @@ def test_a_case_that_ends_badly_keeps_its_rows_and_adds_one(ending: str, capsys:
     last, why = ENDINGS[ending]
     found = processes.outcome(call(last), "case", HEADS, 60)
     assert found == [ROW] + [["case", "-", "FAIL", "-", why]] * bool(why)
-    processes.table(HEADS, found, 0.0)
+    assert processes.table(HEADS, found, 0.0) == bool(why)
     assert f"{len(why) > 0:d} of {len(found)} not ok" in capsys.readouterr().out
 
 

@@ -93,7 +93,7 @@ def main() -> None:
         together = [name for name in names if name not in alone]
         rows = processes.run(call, together, HEADS, limit=LIMIT, jobs=TOGETHER)
         rows += processes.run(call, alone, HEADS, limit=LIMIT, jobs=1)
-    processes.table(HEADS, rows, started)
+    sys.exit(bool(processes.table(HEADS, rows, started)))
 
 
 def write_files(folder: Path, *, cpu: bool) -> None:
