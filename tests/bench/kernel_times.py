@@ -69,19 +69,23 @@ def profiled(model: ModelPatcher, case: Case) -> Row:
         found = by_name.setdefault(event.name[:80], [0, 0.0])
         found[0], found[1] = found[0] + 1, found[1] + microseconds
     longest = sorted(by_name.items(), key=lambda item: -item[1][1])[:SHOWN]
+    pauses = idle(busy)
     return {
         "kinds_ms": {name: round(value / 1e3 / STEPS, 2) for name, value in by_kind.most_common()},
-        "idle_ms": round(idle(busy) / 1e3 / STEPS, 2),
+        "idle_ms": round(sum(pauses) / 1e3 / STEPS, 2),
+        "pause_ms": round(max(pauses, default=0.0) / 1e3, 2),
         "longest": [[name, round(count / STEPS), round(value / 1e3 / STEPS, 2)] for name, (count, value) in longest],
     }
 
 
-def idle(busy: list[tuple[float, float]]) -> float:
-    """What lies between the first and the last of these spans and in none of them."""
-    free, reached = 0.0, min((start for start, _ in busy), default=0.0)
+def idle(busy: list[tuple[float, float]]) -> list[float]:
+    """How long each pause is between the first and the last of these spans. Between two steps is usually the longest."""
+    found, reached = [], min((start for start, _ in busy), default=0.0)
     for start, end in sorted(busy):
-        free, reached = free + max(0.0, start - reached), max(reached, end)
-    return free
+        if start > reached:
+            found.append(start - reached)
+        reached = max(reached, end)
+    return found
 
 
 def kind(name: str) -> str:

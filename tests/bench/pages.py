@@ -18,6 +18,7 @@ TITLES = {
     "flux-2048": "FLUX.1-dev, 2048 x 2048",
     "wan-480p": "Wan 2.1 14B, 832 x 480, 81 frames",
     "hunyuan-720p": "HunyuanVideo, 1280 x 720, 129 frames",
+    "hunyuan-480p": "HunyuanVideo, 848 x 480, 73 frames",
     "cogvideox-5b": "CogVideoX-5B, 720 x 480, 49 frames",
     "defaults": "FLUX.1-dev, 1024 x 1024, from its file, ComfyUI's default settings",
 }
@@ -176,10 +177,10 @@ def group_table(records: list[Record]) -> Iterator[str]:
 def profile_tables(records: list[Record]) -> Iterator[str]:
     for machine, case, rows in newest(records, "profile", list(TITLES)):
         yield from ("", f"### Where the time goes: {TITLES[case]}, ms a step under a profiler, one GPU", "", where(machine), "")
-        yield from table("way", *KINDS, "idle", "the longest kernels: times x ms in all", "remark")
+        yield from table("way", *KINDS, "idle", "longest pause", "the longest kernels: times x ms in all", "remark")
         for row in rows:
             longest = ", ".join(f"`{short(name)}` {times} x {ms:g}" for name, times, ms in row.get("longest", [])[:SHOWN])
-            yield line(row["way"], *(row.get("kinds_ms", {}).get(kind) for kind in KINDS), row.get("idle_ms"), longest, remark(row))
+            yield line(row["way"], *(row.get("kinds_ms", {}).get(kind) for kind in KINDS), row.get("idle_ms"), row.get("pause_ms"), longest, remark(row))
 
 
 def short(name: str) -> str:
@@ -190,10 +191,10 @@ def short(name: str) -> str:
 def share_tables(records: list[Record]) -> Iterator[str]:
     for machine, case, rows in newest(records, "share", list(TITLES)):
         yield from ("", f"### One rank's part of a step on one card: {TITLES[case]}", "", where(machine), "")
-        yield from table("way", "ms", "spread", "efficiency", "launched after ms", *KINDS, "idle", "remark")
+        yield from table("way", "ms", "spread", "efficiency", "launched after ms", *KINDS, "idle", "longest pause", "remark")
         for row in rows:
             times = [row.get(name) for name in ("step_ms", "spread_ms", "efficiency", "launch_ms")]
-            yield line(row["way"], *times, *(row.get("kinds_ms", {}).get(kind) for kind in KINDS), row.get("idle_ms"), remark(row))
+            yield line(row["way"], *times, *(row.get("kinds_ms", {}).get(kind) for kind in KINDS), row.get("idle_ms"), row.get("pause_ms"), remark(row))
 
 
 # -- the README -------------------------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ CASES = {
     "flux-2048": Case(FLUX, (1, 16, 256, 256), (512, 4096), 768, steps=10),
     "wan-480p": Case(WAN, (1, 16, 21, 60, 104), (512, 4096), steps=7),
     "hunyuan-720p": Case(HUNYUAN, (1, 16, 33, 90, 160), (256, 4096), 768, steps=6),
+    "hunyuan-480p": Case(HUNYUAN, (1, 16, 19, 60, 106), (256, 4096), 768, steps=7),
     "cogvideox-5b": Case(COGVIDEOX, (1, 16, 13, 60, 90), (226, 4096), steps=8),
 }
 
