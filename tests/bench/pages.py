@@ -180,7 +180,12 @@ def profile_tables(records: list[Record]) -> Iterator[str]:
         yield from table("way", *KINDS, "idle", "longest pause", "the longest kernels: times x ms in all", "remark")
         for row in rows:
             longest = ", ".join(f"`{short(name)}` {times} x {ms:g}" for name, times, ms in row.get("longest", [])[:SHOWN])
-            yield line(row["way"], *(row.get("kinds_ms", {}).get(kind) for kind in KINDS), row.get("idle_ms"), row.get("pause_ms"), longest, remark(row))
+            yield line(row["way"], *spent(row), longest, remark(row))
+
+
+def spent(row: Row) -> list[float | None]:
+    """Milliseconds by kind, those in which nothing ran, and the longest of those in a row."""
+    return [*(row.get("kinds_ms", {}).get(kind) for kind in KINDS), row.get("idle_ms"), row.get("pause_ms")]
 
 
 def short(name: str) -> str:
@@ -194,7 +199,7 @@ def share_tables(records: list[Record]) -> Iterator[str]:
         yield from table("way", "ms", "spread", "efficiency", "launched after ms", *KINDS, "idle", "longest pause", "remark")
         for row in rows:
             times = [row.get(name) for name in ("step_ms", "spread_ms", "efficiency", "launch_ms")]
-            yield line(row["way"], *times, *(row.get("kinds_ms", {}).get(kind) for kind in KINDS), row.get("idle_ms"), row.get("pause_ms"), remark(row))
+            yield line(row["way"], *times, *spent(row), remark(row))
 
 
 # -- the README -------------------------------------------------------------------------------------------------------------
