@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
@@ -37,7 +38,8 @@ def contest(calls: Mapping[str, Callable[[], object]], laps: Laps, *, spent: flo
     round_trip = max(math.fsum(laps([calls[name] for name in names])), 1e-3)
     warm = min(MOST, math.ceil(WARM / round_trip) - 1)
     counted = max(fewest, min(MOST, int(spent / round_trip)))
-    turns = [name for number in range(warm + counted) for name in (names, names[::-1])[number % 2]]
+    # in another order every round: what runs after a kernel that needs much power sees a lower clock
+    turns = [name for number in range(warm + counted) for name in random.Random(number).sample(names, len(names))]
     times = laps([calls[name] for name in turns])
     found: dict[str, list[float]] = {name: [] for name in names}
     for name, time in itertools.islice(zip(turns, times, strict=True), warm * len(names), None):
