@@ -1,4 +1,4 @@
-"""What cases do in their process: a FLUX from a file, prompts for it, and a second rank, on another card where there is one."""
+"""What cases do in their process: a FLUX from a file, prompts for it, and other ranks, on cards of their own where there are enough."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def write_flux(folder: Path, *, cpu: bool, heads: int = 1) -> dict[str, Any]:
     return model
 
 
-def second_rank(script: Path | None = None, *, cpu: bool) -> Any:
-    """The group of this process, whose second rank is on the same card as the first if there is no other.
+def other_ranks(script: Path | None = None, *, cpu: bool) -> Any:
+    """The group of this process. Its workers have the next cards, and share them with this process where there are too few.
 
     ``script``: in place of the real sidecar.
     """
@@ -33,9 +33,18 @@ def second_rank(script: Path | None = None, *, cpu: bool) -> Any:
     if script is not None:
         sidecars._group = Group(script, sidecars._hello)
     group = sidecars.group()
-    if cpu or torch.cuda.device_count() < 2:
-        sidecars.devices = lambda settings, *_: ["cpu" if cpu else "cuda:0"] * (settings.gpus - 1)
-        group._pool._environment["NCCL_HOSTID"] = "paradit-rank1"  # see processes.outcome
+    cards = 0 if cpu else torch.cuda.device_count()
+    start = group._start
+
+    def start_apart(rank: int, device: str) -> Any:
+        group._pool._environment["NCCL_HOSTID"] = f"paradit-rank{rank}"  # see processes.outcome
+        return start(rank, device)
+
+    def devices(settings: Any, *_: Any) -> list[str]:
+        group._start = start_apart if cards < settings.gpus else start
+        return [f"cuda:{rank % cards}" if cards else "cpu" for rank in range(1, settings.gpus)]
+
+    sidecars.devices = devices
     return group
 
 
@@ -44,16 +53,16 @@ def available(mode: str, *, cpu: bool) -> str:
     return {"graph": "off", "compile+graph": "compile"}.get(mode, mode) if cpu else mode
 
 
-def sample(model: Any, steps: int, *, big: bool) -> Any:
-    """A prompt of 1024 x 1040 pixels, or of a few: its latents, float32 on the CPU."""
+def sample(model: Any, steps: int, *, big: bool, cfg: float = 1.0) -> Any:
+    """A prompt of 1024 x 1040 pixels, or of a few: its latents, float32 on the CPU. Its negative prompt counts from ``cfg`` 1 on."""
     import comfy.sample
     import torch
     from env import models
 
     make = partial(torch.randn, generator=torch.Generator().manual_seed(5))
-    text = [[make(1, 33, models.FLUX_TEXT_WIDTH), {"pooled_output": make(1, models.FLUX_POOLED_WIDTH)}]]
+    text, other = ([[make(1, 33, models.FLUX_TEXT_WIDTH), {"pooled_output": make(1, models.FLUX_POOLED_WIDTH)}]] for _ in range(2))
     latent = torch.zeros(1, models.LATENT_CHANNELS, *((128, 130) if big else (18, 22)))
-    result = comfy.sample.sample(model, make(*latent.shape), steps, 1.0, "euler", "simple", text, text, latent, disable_pbar=True, seed=5)
+    result = comfy.sample.sample(model, make(*latent.shape), steps, cfg, "euler", "simple", text, other, latent, disable_pbar=True, seed=5)
     return result.float().cpu()
 
 

@@ -36,7 +36,7 @@ sys.path[0] = str(HERE.parent)  # this folder holds names of others
 sys.path.append(str(HERE.parents[1]))
 
 from gpu import failures, processes  # noqa: E402
-from gpu.case import FLUX, available, relative, sample, second_rank, write_flux  # noqa: E402
+from gpu.case import FLUX, available, other_ranks, relative, sample, write_flux  # noqa: E402
 from gpu.failures import SILENCE, WITHOUT, Fault  # noqa: E402
 
 STEPS = 5
@@ -123,7 +123,7 @@ def inside(name: str, folder: Path, *, cpu: bool, only: str) -> None:
     import comfy.sd
     import torch
 
-    group = second_rank(HERE.parent / "faults" / "faulty_sidecar.py", cpu=cpu)
+    group = other_ranks(HERE.parent / "faults" / "faulty_sidecar.py", cpu=cpu)
     with torch.inference_mode():
         trial = Trial(case, group, comfy.sd.load_diffusion_model(str(folder / FLUX)), order, cpu=cpu)
         for fault in failures.faults(graph=case.graph and not cpu, compiled="compile" in case.mode and not cpu):

@@ -33,7 +33,7 @@ sys.path.insert(1, str(HERE.parent / "bench"))
 sys.path.append(str(HERE.parents[1]))
 
 from gpu import processes  # noqa: E402
-from gpu.case import available, second_rank  # noqa: E402
+from gpu.case import available, other_ranks  # noqa: E402
 
 LIMIT = 180  # seconds a case
 FLAGS = ("--disable-dynamic-vram", "--disable-cuda-malloc", "--bf16-unet")
@@ -92,7 +92,7 @@ def inside(name: str, *, cpu: bool) -> None:
     size = tiny(size) if cpu else replace(size, config={**size.config, "depth": 2, "depth_single_blocks": 4}, text=(256, 4096))
     with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="paradit-gpu-") as folder:
         os.environ["COUNTS"] = f"{folder}/counts"
-        group = second_rank(HERE.parent / "faults" / "counting_sidecar.py", cpu=cpu)
+        group = other_ranks(HERE.parent / "faults" / "counting_sidecar.py", cpu=cpu)
         model = cases.build(size)
         rows = growth(model, size, case, cpu=cpu) if case.prompts else peaks(model, size, case, cpu=cpu)
         try:

@@ -55,10 +55,11 @@ def test_a_case_without_rows_is_not_ok() -> None:
         ("faults", ["off", "--only", "memory"]),
         ("memory", ["growth, two ranks"]),
         ("modes", ["default"]),
+        ("ranks", ["4"]),
         ("server", ["default"]),
         ("weights", ["classic"]),
     ],
-    ids=["faults", "memory", "modes", "server", "weights"],
+    ids=["faults", "memory", "modes", "ranks", "server", "weights"],
 )
 def test_the_script_s_cpu_form_finds_nothing_wrong(script: str, names: list[str]) -> None:
     form = [sys.executable, str(HERE / f"{script}.py"), "--cpu", *names]

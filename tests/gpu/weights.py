@@ -32,7 +32,7 @@ sys.path[0] = str(HERE.parent)  # this folder holds names of others
 sys.path.append(str(HERE.parents[1]))
 
 from gpu import processes  # noqa: E402
-from gpu.case import FLUX, relative, sample, second_rank, write_flux  # noqa: E402
+from gpu.case import FLUX, other_ranks, relative, sample, write_flux  # noqa: E402
 
 STEPS = 2
 LIMIT = 150  # seconds a case
@@ -125,7 +125,7 @@ def inside(name: str, folder: Path, *, cpu: bool) -> None:
 
     from para_core.settings import Parallel
 
-    settings, group = Parallel(2), second_rank(cpu=cpu)
+    settings, group = Parallel(2), other_ranks(cpu=cpu)
     with torch.inference_mode():
         warm = loaded(folder / "warm.safetensors", case.weight_dtype)  # libraries that its arithmetic needs are loaded now
         sample(shared(warm, settings), STEPS, big=False)
