@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
-from ..execution.runner import OVERRIDE
+from ..execution.override import OVERRIDE
 from ..plans import plan_for
 from ..sequence.hooks import Arguments
 from ..sequence.rows import take

@@ -22,7 +22,8 @@ from ..attention.timings import Timings
 from ..cache.first_block import Step, chunks
 from ..cache.predictor import ORDERS
 from ..cache.rule import Decisions, Window
-from ..execution.runner import AttentionOverride, KernelBroken, Runner
+from ..execution.override import AttentionOverride
+from ..execution.runner import KernelBroken, Runner
 from ..group.codec import Untransportable
 from ..group.member import RankLost
 from ..log import log

@@ -20,7 +20,8 @@ from ..plans.plan import attribute
 from ..sequence.hooks import Hooks
 from ..sequence.replace import replace
 from .inductor import for_ranks, inductor
-from .operation import Attend, number
+from .operation import number
+from .override import AttentionOverride
 
 
 class CompiledBlocks:
@@ -33,7 +34,7 @@ class CompiledBlocks:
     def __init__(
         self,
         hooks: Hooks,
-        attend: Attend,
+        attend: AttentionOverride,
         option: str,
         say: Callable[[str], None],
         *,

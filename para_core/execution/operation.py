@@ -7,40 +7,18 @@ from __future__ import annotations
 
 import threading
 from itertools import count
-from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 
-from ..attention.beside import Beside
+from .override import AttentionOverride
 from .parallel_mlp import Mlp
 
-
-class Attend(Protocol):
-    """Attention as this run computes it. ``place``: which of the block's calls that see the tokens of all ranks, or None.
-
-    ``beside``: what may be launched while messages travel.
-    """
-
-    def compute(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        *,
-        place: int | None,
-        low_precision: bool,
-        beside: Beside | None = None,
-    ) -> torch.Tensor: ...
-
-
-_runs: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_runs: WeakValueDictionary[int, AttentionOverride] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
-def number(attend: Attend) -> int:
+def number(attend: AttentionOverride) -> int:
     """A number for ``attend`` while it lives: the lowest one free, so that a later run finds compiled code of an earlier."""
     with _lock:
         found = next(candidate for candidate in count() if candidate not in _runs)
@@ -48,7 +26,7 @@ def number(attend: Attend) -> int:
     return found
 
 
-def _numbered(run: int) -> Attend:
+def _numbered(run: int) -> AttentionOverride:
     attend = _runs.get(run)
     if attend is None:
         raise RuntimeError(f"attention run {run} is gone: its sampling run has ended")

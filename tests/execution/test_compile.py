@@ -52,7 +52,8 @@ def runner(family: str, model, *, backend: str = "aot_eager", cached: bool = Fal
     from para_core.attention.choice import Chooser
     from para_core.cache.first_block import FirstBlockCache
     from para_core.execution.compiled import CompiledBlocks
-    from para_core.execution.runner import OVERRIDE, Runner
+    from para_core.execution.override import OVERRIDE
+    from para_core.execution.runner import Runner
     from para_core.plans import flux, wan
 
     torch._dynamo.reset()
@@ -65,7 +66,7 @@ def runner(family: str, model, *, backend: str = "aot_eager", cached: bool = Fal
 
 
 def run(found, model, args, extra, mesh=None, **options):
-    from para_core.execution.runner import OVERRIDE
+    from para_core.execution.override import OVERRIDE
     from para_core.sequence.solo import SOLO_MESH
 
     options = {OVERRIDE: found.override, **options}
@@ -150,7 +151,7 @@ def test_runs_alone_and_of_several_ranks_have_code_of_their_own_and_find_it_agai
 
 def test_a_cache_over_compiled_blocks_that_never_hits_changes_nothing(tiny):
     from para_core.cache.first_block import Chunk, Step
-    from para_core.execution.runner import OVERRIDE
+    from para_core.execution.override import OVERRIDE
     from para_core.sequence.solo import SOLO_MESH
 
     make, call = tiny

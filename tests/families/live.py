@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from para_core.attention.exchange import PLAIN, Way
-from para_core.execution.runner import AttentionOverride
+from para_core.execution.override import AttentionOverride
 from para_core.plans import plan_for
 from para_core.sequence.hooks import Forward, Hooks, StackDone
 from para_core.sequence.mesh import Mesh

@@ -13,7 +13,8 @@ from unit.fake_comm import fake_comms, fake_meshes, on_ranks
 from para_core.attention.choice import Chooser
 from para_core.cache.first_block import Step, chunks
 from para_core.execution.compiled import CompiledBlocks
-from para_core.execution.runner import OVERRIDE, Runner
+from para_core.execution.override import OVERRIDE
+from para_core.execution.runner import Runner
 from para_core.plans import plan_for
 from para_core.sequence.layout import balanced
 from para_core.sequence.replace import replace

@@ -25,7 +25,8 @@ def run(model: torch.nn.Module, steps: list, *, backend: str | Callable | None, 
     from para_core.attention.choice import Chooser
     from para_core.comfy import calls
     from para_core.execution.compiled import CompiledBlocks
-    from para_core.execution.runner import OVERRIDE, Runner
+    from para_core.execution.override import OVERRIDE
+    from para_core.execution.runner import Runner
     from para_core.plans import plan_for
     from para_core.sequence.replace import replace
     from para_core.sequence.solo import SOLO_MESH

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from families.tiny.common import noise
 
-from para_core.execution.runner import OVERRIDE
+from para_core.execution.override import OVERRIDE
 
 __all__ = ["OVERRIDE"]
 Options = dict[str, Any]

@@ -12,7 +12,7 @@ from families.tiny.wan import wan
 
 from para_core.attention.choice import Chooser
 from para_core.execution.compiled import CompiledBlocks
-from para_core.execution.runner import OVERRIDE, AttentionOverride
+from para_core.execution.override import OVERRIDE, AttentionOverride
 from para_core.plans import PLANS, plan_for
 from para_core.sequence.hooks import Hooks
 
