@@ -33,54 +33,27 @@ def _numbered(run: int) -> AttentionOverride:
     return attend
 
 
-@torch.library.custom_op(
-    "paradit::attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, int run, int? place, bool low_precision) -> Tensor",
-)
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    run: int,
-    place: int | None,
-    low_precision: bool,
-) -> torch.Tensor:
+CALL = "Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, int run, int? place, bool low_precision"
+BESIDE = "Tensor x, Tensor up, Tensor? up_bias, bool gated, Tensor down, Tensor? down_bias, bool attention_first"
+"""Arguments of the operations, with their types."""
+
+
+@torch.library.custom_op("paradit::attention", mutates_args=(), schema=f"({CALL}) -> Tensor")
+def attention(q, k, v, mask, scale, run, place, low_precision) -> torch.Tensor:
     """q ``(B, H, S, D)``, k and v ``(B, Hkv, M, D)`` -> ``(B, H, S, D)``, memory ``(B, S, H, D)``."""
     out = _numbered(run).compute(q, k, v, mask, scale, place=place, low_precision=low_precision)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, scale, run: int, place: int | None, low_precision: bool) -> torch.Tensor:
+def _(q, *_) -> torch.Tensor:
     batch, heads, rows, dim = q.shape
     return q.new_empty(batch, rows, heads, dim).transpose(1, 2)
 
 
-@torch.library.custom_op(
-    "paradit::attention_and_mlp",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, int run, int? place, bool low_precision,"
-    " Tensor x, Tensor up, Tensor? up_bias, bool gated, Tensor down, Tensor? down_bias, bool attention_first) -> Tensor",
-)
+@torch.library.custom_op("paradit::attention_and_mlp", mutates_args=(), schema=f"({CALL}, {BESIDE}) -> Tensor")
 def attention_and_mlp(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    run: int,
-    place: int | None,
-    low_precision: bool,
-    x: torch.Tensor,
-    up: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    gated: bool,
-    down: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    attention_first: bool,
+    q, k, v, mask, scale, run, place, low_precision, x, up, up_bias, gated, down, down_bias, attention_first
 ) -> torch.Tensor:
     """``linear(cat(attention, activation(linear(x, up, up_bias))), down, down_bias)``: x ``(B, S, C)`` -> ``(B, S, E)``.
 
@@ -89,9 +62,8 @@ def attention_and_mlp(
     ended, however it ends, and no compiler can put its parts in another order.
     """
     width = q.shape[1] * v.shape[3]
-    features = down.shape[1] - width
-    own, others = down.split((width, features) if attention_first else (features, width), dim=1)
-    columns, rest = (own, others) if attention_first else (others, own)
+    first, last = down.tensor_split((width if attention_first else -width,), dim=1)
+    columns, rest = (first, last) if attention_first else (last, first)
     mlp = Mlp(x, up, up_bias, rest, down_bias, gated=gated)
     out = _numbered(run).compute(q, k, v, mask, scale, place=place, low_precision=low_precision, beside=mlp)
     return mlp.plus(out.transpose(1, 2).flatten(2), columns)
