@@ -94,21 +94,30 @@ class FakeComm:
 
 @dataclass
 class Recorder:
-    """A communicator that notes what is started and what is waited for."""
+    """A communicator that notes what is sent and what is waited for."""
 
     comm: FakeComm
-    events: list
+    events: list[str]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.rank, self.size = self.comm.rank, self.comm.size
 
-    def start_all_to_all(self, received, sent, received_sizes, sent_sizes):
-        number = sum("start" in event for event in self.events)
-        self.events.append(f"start {number}")
-        wait = self.comm.start_all_to_all(received, sent, received_sizes, sent_sizes)
+    def all_to_all(self, *given: Any) -> None:
+        self.events.append("all_to_all")
+        self.comm.all_to_all(*given)
 
-        def noted():
-            self.events.append(f"wait {number}")
+    def start_all_to_all(self, *given: Any) -> Callable[[], None]:
+        return self._noted("start", "wait", self.comm.start_all_to_all(*given))
+
+    def shift(self, *given: Any) -> Callable[[], None]:
+        return self._noted("send", "receive", self.comm.shift(*given))
+
+    def _noted(self, sent: str, waited: str, wait: Callable[[], None]) -> Callable[[], None]:
+        number = sum(event.startswith(sent) for event in self.events)
+        self.events.append(f"{sent} {number}")
+
+        def noted() -> None:
+            self.events.append(f"{waited} {number}")
             wait()
 
         return noted

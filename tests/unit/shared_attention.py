@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from unit.fake_comm import on_ranks
+from unit.fake_comm import Recorder, fake_meshes, on_ranks
 
 from para_core.attention.backends import pytorch
 from para_core.attention.exchange import PLAIN, Exchange, attend
 from para_core.sequence.layout import Joint, balanced
+from para_core.sequence.mesh import Mesh
 
 D = 8
 
@@ -66,6 +67,28 @@ def shared(meshes, q_joint, kv_joint, q, k, v, mask=None, scale=None, *, local_m
     for rank, out in enumerate(outs):
         whole[:, :, rows_of(q_joint, rank)] = out
     return whole
+
+
+def recorded(ring, ulysses, q_joint, kv_joint, heads=6, *, way=PLAIN, beside=lambda rank, events: None):
+    """What each rank sends and computes in one call, in order, and the tensors its kernel saw. The result must be attention.
+
+    ``beside(rank, events)``: what stands beside the call on that rank.
+    """
+    q, k, v = tensors(q_joint, kv_joint, heads, heads, 1, 0)
+    meshes = fake_meshes(ring, ulysses)
+    events, kernels = [[] for _ in meshes], [ExactKernel() for _ in meshes]
+
+    def work(rank):
+        mesh, noted, kernel = meshes[rank], events[rank], kernels[rank]
+        look = kernel.look
+        kernel.look = lambda *args: (noted.append("compute"), look(*args))
+        mesh = Mesh(mesh.sequence, Recorder(mesh.ulysses, noted), Recorder(mesh.ring, noted))
+        local = [t[:, :, rows_of(joint, rank)] for t, joint in ((q, q_joint), (k, kv_joint), (v, kv_joint))]
+        return attend(Exchange(mesh, q_joint, kv_joint, kernel), *local, way=way, beside=beside(rank, noted))
+
+    for rank, out in enumerate(on_ranks(len(meshes), work)):
+        assert_same(out, reference(q, k, v)[:, :, rows_of(q_joint, rank)])
+    return events, [kernel.seen for kernel in kernels]
 
 
 def reference(q, k, v, mask=None, scale=None):

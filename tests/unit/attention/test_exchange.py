@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.fake_comm import FakeComm, fake_comms, fake_meshes, on_ranks
-from unit.shared_attention import D, ExactKernel, assert_same, cases, ranks_of, reference, rows_of, shared, tensors
+from unit.fake_comm import fake_comms, fake_meshes, on_ranks
+from unit.shared_attention import D, ExactKernel, assert_same, cases, ranks_of, recorded, reference, rows_of, shared, tensors
 
 from para_core.attention.call import Call, StockKernel
 from para_core.attention.exchange import Exchange, attend, attend_call
 from para_core.attention.kernel import NeedsLse
 from para_core.attention.traffic import Traffic
 from para_core.sequence.layout import Joint, balanced
-from para_core.sequence.mesh import Mesh
 
 
 @settings(max_examples=200, deadline=None)
@@ -84,71 +81,29 @@ def test_bytes_sent_follow_the_formula_for_even_shards(degrees):
         assert counted.mask_bytes == 0
 
 
-@dataclass
-class Recorder:
-    """A communicator that notes what is called."""
-
-    comm: FakeComm
-    events: list
-
-    def __post_init__(self):
-        self.rank, self.size = self.comm.rank, self.comm.size
-
-    def all_to_all(self, *args):
-        self.events.append("all_to_all")
-        self.comm.all_to_all(*args)
-
-    def shift(self, *args):
-        self.events.append("send")
-        wait = self.comm.shift(*args)
-
-        def noted():
-            self.events.append("wait")
-            wait()
-
-        return noted
-
-
-def recorded(ring, ulysses, q_joint, kv_joint):
-    """What rank 0 sends and computes in one call, in order, and the tensors its kernel saw."""
-    ranks = ring * ulysses
-    q, k, v = tensors(q_joint, kv_joint, 6, 6, 1, 0)
-    meshes, events, kernel = fake_meshes(ring, ulysses), [], ExactKernel()
-    look = kernel.look
-    kernel.look = lambda *args: (events.append("compute"), look(*args))
-    meshes[0] = Mesh(meshes[0].sequence, Recorder(meshes[0].ulysses, events), Recorder(meshes[0].ring, events))
-
-    def work(rank):
-        exchange = Exchange(meshes[rank], q_joint, kv_joint, kernel if rank == 0 else ExactKernel())
-        return attend(exchange, *(t[:, :, rows_of(j, rank)] for t, j in ((q, q_joint), (k, kv_joint), (v, kv_joint))))
-
-    on_ranks(ranks, work)
-    return events, kernel.seen
-
-
 def test_ulysses_sends_one_message_there_and_one_back_and_computes_on_what_arrived():
     joint = Joint((balanced(11, 3),))
     events, seen = recorded(1, 3, joint, joint)
-    assert events == ["all_to_all", "compute", "all_to_all"]
-    ((q, k, v),) = seen
+    assert events == [["all_to_all", "compute", "all_to_all"]] * 3
+    ((q, k, v),) = seen[0]
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr(), "copied after arrival"
 
 
 def test_ulysses_sends_one_message_where_query_and_key_lengths_differ():
     events, _ = recorded(1, 3, Joint((balanced(11, 3),)), Joint((balanced(7, 3),)))
-    assert events == ["all_to_all", "compute", "all_to_all"]
+    assert events == [["all_to_all", "compute", "all_to_all"]] * 3
 
 
 def test_a_ring_sends_k_and_v_as_one_message_while_it_computes():
     joint = Joint((balanced(11, 3),))
     events, _ = recorded(3, 1, joint, joint)
-    assert events == ["send", "compute", "wait", "send", "compute", "wait", "compute"]
+    assert events == [["send 0", "compute", "receive 0", "send 1", "compute", "receive 1", "compute"]] * 3
 
 
 def test_unified_attention_rings_between_two_all_to_alls():
     joint = Joint((balanced(11, 4),))
     events, _ = recorded(2, 2, joint, joint)
-    assert events == ["all_to_all", "send", "compute", "wait", "compute", "all_to_all"]
+    assert events == [["all_to_all", "send 0", "compute", "receive 0", "compute", "all_to_all"]] * 4
 
 
 def test_one_rank_hands_the_very_tensors_to_the_kernel():

@@ -6,13 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.fake_comm import Recorder, fake_meshes, on_ranks
-from unit.shared_attention import ExactKernel, assert_same, joints, reference, rows_of, shared, tensors
+from unit.fake_comm import fake_meshes
+from unit.shared_attention import joints, recorded, shared, tensors
 
-from para_core.attention.exchange import Exchange, Way, attend
+from para_core.attention.exchange import Way
 from para_core.attention.traffic import Traffic
 from para_core.sequence.layout import Joint, balanced
-from para_core.sequence.mesh import Mesh
 
 
 @st.composite
@@ -50,32 +49,10 @@ class Noting:
         self.there, self.back = lambda: events.append("there"), lambda: events.append("back")
 
 
-def recorded(ring: int, ulysses: int, heads: int, way: Way, *, beside: bool) -> list[list[str]]:
-    """What each rank did, in order, in one call that is exact."""
-    ranks = ring * ulysses
-    joint = Joint((balanced(11, ranks),))
-    q, k, v = tensors(joint, joint, heads, heads, 1, 0)
-    events: list[list[str]] = [[] for _ in range(ranks)]
-    meshes = [
-        Mesh(mesh.sequence, Recorder(mesh.ulysses, noted), mesh.ring)
-        for mesh, noted in zip(fake_meshes(ring, ulysses), events, strict=True)
-    ]
-
-    def work(rank):
-        kernel = ExactKernel()
-        look = kernel.look
-        kernel.look = lambda *args: (events[rank].append("compute"), look(*args))
-        local = [tensor[:, :, rows_of(joint, rank)] for tensor in (q, k, v)]
-        return attend(Exchange(meshes[rank], joint, joint, kernel), *local, way=way, beside=Noting(events[rank]) if beside else None)
-
-    for rank, out in enumerate(on_ranks(ranks, work)):
-        assert_same(out, reference(q, k, v)[:, :, rows_of(joint, rank)])
-    return events
-
-
 @pytest.mark.parametrize("heads", [8, 7, 2])
 def test_a_part_is_computed_while_the_next_travels_and_all_ranks_send_in_one_order(heads):
-    events = recorded(1, 3, heads, Way(parts=2), beside=False)
+    joint = Joint((balanced(11, 3),))
+    events, _ = recorded(1, 3, joint, joint, heads, way=Way(parts=2))
     if heads > 3:
         assert events[0] == ["start 0", "start 1", "wait 0", "compute", "start 2", "wait 1", "compute", "start 3", "wait 2", "wait 3"]
     collectives = [[event for event in noted if event != "compute"] for noted in events]
@@ -87,26 +64,23 @@ ORDERS = {
     (1, 2, Way()): "start 0, there, wait 0, compute, start 1, back, wait 1",
     (1, 3, Way()): "start 0, there, wait 0, compute, start 1, back, wait 1",
     (1, 2, Way(parts=2)): IN_PARTS,
-    (2, 2, Way()): "start 0, there, wait 0, compute, compute, start 1, back, wait 1",
-    (2, 1, Way()): "compute, compute",
+    (2, 2, Way()): "start 0, there, wait 0, send 0, compute, receive 0, compute, start 1, back, wait 1",
+    (2, 1, Way()): "send 0, compute, receive 0, compute",
 }
 
 
 @pytest.mark.parametrize("degrees", ORDERS, ids=str)
 def test_what_stands_beside_a_call_is_launched_while_its_messages_travel(degrees):
     """In a ring nothing of Ulysses travels: it is the caller's to compute."""
-    assert recorded(*degrees[:2], 6, degrees[2], beside=True) == [ORDERS[degrees].split(", ")] * degrees[0] * degrees[1]
+    ring, ulysses, way = degrees
+    joint = Joint((balanced(11, ring * ulysses),))
+    events, _ = recorded(ring, ulysses, joint, joint, way=way, beside=lambda _, events: Noting(events))
+    assert events == [ORDERS[degrees].split(", ")] * ring * ulysses
 
 
 @pytest.mark.parametrize("without", range(3))
 def test_a_rank_with_nothing_beside_fits_the_others(without):
     """Blocks could not be compiled there."""
-    joint, meshes = Joint((balanced(11, 3),)), fake_meshes(1, 3)
-    q, k, v = tensors(joint, joint, 6, 6, 2, 0)
-
-    def work(rank):
-        local = [tensor[:, :, rows_of(joint, rank)] for tensor in (q, k, v)]
-        return attend(Exchange(meshes[rank], joint, joint, ExactKernel()), *local, beside=None if rank == without else Noting([]))
-
-    for rank, out in enumerate(on_ranks(3, work)):
-        assert_same(out, reference(q, k, v)[:, :, rows_of(joint, rank)])
+    joint = Joint((balanced(11, 3),))
+    events, _ = recorded(1, 3, joint, joint, beside=lambda rank, events: None if rank == without else Noting(events))
+    assert ["there" in noted for noted in events] == [rank != without for rank in range(3)]
