@@ -86,7 +86,6 @@ class Session:
         self.steps, self.forwards = steps, 0
         self.meter = Meter(self.patcher.load_device)
         self.latents: reports.Mark | None = None
-        self.entered: Callable | None = None  # stands for the model's entry method
         self._undo: list = []
 
     # -- opening and closing ------------------------------------------------------------------------------------------
@@ -121,8 +120,6 @@ class Session:
             self._install(chooser, caching, devices)
         if self.runner is not None or self.attention is not None:
             options[calls.OVERRIDE] = self.runner.override if self.runner is not None else AttentionOverride(chooser, None)
-        if self.used:
-            self._wrap(WrappersMP.SAMPLER_SAMPLE, self.loaded)
         # also where nothing else is ours: then the forwards are only timed
         forward: Callable = self.forward
         if calls.compiled_elsewhere(options):
@@ -130,8 +127,10 @@ class Session:
                 return
             self.notes.say("What Torch Compile Model compiles runs uncompiled here; the node Compile Blocks does it with this pack.")
             forward = torch.compiler.disable(self.forward_uncompiled)
-        self.original, self.entered = getattr(self.model, calls.entry(self.model)), forward
+        self.original = getattr(self.model, calls.entry(self.model))
         self._undo.append(replace(self.model, calls.entry(self.model), forward))
+        if self.used:
+            self._wrap(WrappersMP.SAMPLER_SAMPLE, partial(self.loaded, forward))
 
     @property
     def used(self) -> bool:
@@ -190,10 +189,9 @@ class Session:
         add_wrapper_with_key(place, KEY, wrapper, self.options, is_model_options=True)
         self._undo.append(partial(self.options["transformer_options"]["wrappers"][place].pop, KEY, None))
 
-    def loaded(self, executor, guider, *args, **kwargs):
+    def loaded(self, forward: Callable, executor, guider, *args, **kwargs):
         """SAMPLER_SAMPLE wrapper: model and conditions have been prepared for this run, the first step comes next."""
-        if self.entered is not None:  # a node's own entry method would have been put in with the model
-            setattr(self.model, calls.entry(self.model), self.entered)
+        setattr(self.model, calls.entry(self.model), forward)  # loading puts in a node's own
         resident.keep(guider.conds, self.patcher.load_device)
         return executor(guider, *args, **kwargs)
 
@@ -241,7 +239,7 @@ class Session:
         while self._undo:
             self._undo.pop()()
         report = self.report()
-        self.split = self.entered = None  # which know this session: nothing may keep the patcher, not even until Python looks for circles
+        self.split = None  # which knows this session: nothing may keep the patcher, not even until Python looks for circles
         if self.used:
             log.info("%s: %s", report["model"], summary(report))
             log.info("run: %s", json.dumps(report))
