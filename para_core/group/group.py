@@ -106,11 +106,12 @@ class Group(Models):
         """Start workers for ranks 1.. on ``devices`` where there are none, without waiting for them."""
         with self._lock:
             self._last_use = time.monotonic()
-            if [member.device for member in self._members] == list(devices) and all(member.process.alive() for member in self._members):
+            places = list(enumerate(devices, start=1))
+            found = {(member.rank, member.device): member for member in self._members if member.process.alive()}
+            if list(found) == places and len(self._members) == len(places):
                 return
             self._leave()
-            found = {(member.rank, member.device): member for member in self._members if member.process.alive()}
-            kept = [found.get(place) for place in enumerate(devices, start=1)]
+            kept = [found.get(place) for place in places]
             former, self._members = self._members, [member for member in kept if member is not None]
             for member in former:
                 if member not in kept:

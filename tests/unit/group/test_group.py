@@ -42,6 +42,24 @@ def test_workers_that_do_not_start_are_met_again_by_the_run_and_those_that_did_a
     group.end()  # after a loss it starts workers for the next run
 
 
+def test_a_worker_that_was_to_be_another_rank_is_not_taken_for_the_one_that_did_not_start(monkeypatch):
+    group = Group(Path("none"), lambda *_: {})
+    answers = iter([True, True, False, True])
+
+    def start() -> SimpleNamespace:
+        if not next(answers):
+            raise OSError(12, "Cannot allocate memory")
+        return SimpleNamespace(alive=lambda: True, kill=lambda: None, pid=1)
+
+    monkeypatch.setattr(group._pool, "start", start)
+    monkeypatch.setattr(group._pool, "end", lambda process: None)
+    group.warm(["cpu", "cpu"])
+    group.members[0].process.alive = lambda: False
+    group.expect(["cpu", "cpu"])  # the first rank's worker does not start again
+    group.warm(["cpu"])
+    assert [member.rank for member in group.members] == [1]
+
+
 def test_the_rate_of_every_worker_is_known_by_rank_and_each_is_asked_once():
     group = Group(Path("none"), lambda *_: {})
     asked: list[tuple[int, str, str]] = []
