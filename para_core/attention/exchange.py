@@ -72,8 +72,8 @@ def attend(
     Returns ``(B, H, S, D)``, memory ``(B, S, H, D)`` where rows were exchanged.
 
     ``beside``: launched while messages of Ulysses travel. Every rank of ``exchange.mesh.sequence`` must make the same call, the same
-    ``way``; what is beside it is each rank's own. Raises ``NeedsLse`` for a ring with a kernel
-    that has no log-sum-exp, ``ValueError`` for sizes that do not fit the layout, ``RuntimeError`` where a peer fails.
+    ``way``; what is beside it is each rank's own. Raises ``NeedsLse`` for a ring with a kernel that has no log-sum-exp, ``ValueError``
+    for sizes that do not fit the layout, ``RuntimeError`` where a peer fails.
     """
     chosen = kernel or exchange.kernel
     if chosen is None:

@@ -1,8 +1,7 @@
 """What a message is made of, and what is made of messages, in one kernel each: on CUDA, for shares of equally many heads.
 
-Copies of parts of q, k and v to and from their places, one by one, reach a third of the memory's rate and are eight launches a
-layer. Here a program takes all heads of one token, whose places in memory are the ones that ``message.Rows`` and
-``ulysses.gather`` give them.
+Copying parts of q, k and v to and from their places one by one is a launch each. Here a program takes heads of one token, whose
+places in memory are the ones that ``message.Rows`` and ``ulysses.gather`` give them.
 """
 
 from __future__ import annotations

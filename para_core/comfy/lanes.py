@@ -118,11 +118,11 @@ class Lanes:
 def separate(conds: list, x_in: torch.Tensor, timestep: torch.Tensor) -> list[list[int]]:
     """Indices of the conditions that run now, grouped by what ComfyUI would put into one batch.
 
-    None where one of them is a default, which runs where the others of its index leave room.
+    No groups where one of them is a default, which runs where the others of its index leave room.
     """
-    groups: list[tuple[list[int], list]] = []
     if any("default" in entry for entries in conds for entry in entries or ()):
         return []
+    groups: list[tuple[list[int], list]] = []
     for index, entries in enumerate(conds):
         active = [comfy.samplers.get_area_and_mult(entry, x_in, timestep) for entry in entries or ()]
         active = [entry for entry in active if entry is not None]

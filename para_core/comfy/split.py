@@ -190,7 +190,8 @@ class Split:
             return None
         runner, dtype = self.session.runner, self.session.patcher.model.get_dtype_inference()
         compiled = runner is not None and runner.compiled is not None  # only then something is computed beside messages
-        return Machine(self.group.link(), gain.memory_rate(device), *([gain.matrix_rate(device, dtype)] if compiled else []))
+        matrices = gain.matrix_rate(device, dtype) if compiled else math.inf
+        return Machine(self.group.link(), gain.memory_rate(device), matrices)
 
     def stop(self) -> None:
         """The group is of no more use to this run."""

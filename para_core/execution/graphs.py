@@ -21,8 +21,8 @@ from ..cache.first_block import FirstBlockCache
 from .constants import Constants
 
 SEAM = 2
-"""After so many attention calls a shared forward goes on in a graph of its own: a launch takes the processor a millisecond, in
-which the first graph runs already. A forward of one rank is launched while the one before it runs."""
+"""After so many attention calls a shared forward goes on in a graph of its own, which is launched while the first one runs. A
+forward of one rank is launched while the one before it runs."""
 LIMIT = 4  # captures alive at once; each holds the activations of its shape
 WARM = 1  # forwards of a shape before it is captured: libraries initialise and kernels are compiled in them
 
