@@ -121,26 +121,55 @@ def test_the_archive_holds_text_and_thumbnails_only(archive):
     assert sum(map(len, archive.values())) < 2_000_000
 
 
-def test_the_published_library_imports_without_comfyui_and_without_cuda(tmp_path, archive):
-    for name, content in archive.items():
-        if name.startswith("para_core/"):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes(content)
-    script = """
+IMPORTS = """
 import importlib, pkgutil, sys
 import para_core
 skipped = ("para_core.comfy", "para_core.attention.packing_kernels")  # the latter is Triton's
 for module in pkgutil.walk_packages(para_core.__path__, "para_core."):
     if not module.name.startswith(skipped) and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
+"""
+WITHOUT_CUDA = """
 import torch
 assert not torch.cuda.is_initialized(), "importing the library initialised CUDA"
 assert not {"comfy", "server", "folder_paths"} & set(sys.modules), "importing the library imported ComfyUI"
 """
+EMPTY_DISTRIBUTED = """
+import sys, torch.distributed
+for name in [name for name in vars(torch.distributed) if not name.startswith("__")]:
+    delattr(torch.distributed, name)
+for name in [name for name in sys.modules if name.startswith("torch.distributed.")]:
+    del sys.modules[name]
+torch.distributed.__path__ = []
+torch.distributed.is_available = lambda: False
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, archive):
+    """A folder that holds the published library and nothing else."""
+    folder = tmp_path_factory.mktemp("library")
+    for name, content in archive.items():
+        if name.startswith("para_core/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    return folder
+
+
+def check(script, library):
     # -P keeps the working directory (the checkout) off the path, so that only the archive is found
-    command = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{script}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(library)!r})\n{script}"]
+    done = subprocess.run(command, cwd=library, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_published_library_imports_without_comfyui_and_without_cuda(library):
+    check(IMPORTS + WITHOUT_CUDA, library)
+
+
+def test_the_published_library_imports_where_torch_has_no_distributed(library):
+    """As in AMD's build for Windows, where ``torch.distributed`` is empty."""
+    check(EMPTY_DISTRIBUTED + IMPORTS, library)
 
 
 def test_no_package_registry_is_named_in_the_project():
