@@ -84,6 +84,23 @@ def test_a_shared_forward_is_captured_in_two_parts(graphs, model, card, calls, p
     assert card.begun == parts and graphs.replays == 4 and card.replayed == 4 * parts
 
 
+def test_a_shared_forward_with_a_cache_is_captured_in_the_cache_s_parts_alone(graphs, model, card):
+    cache = SimpleNamespace(tap=None, step=object(), hit=False, observe=lambda *_: None, finish=lambda *_: None)
+
+    def attends() -> None:
+        if cache.tap is not None:
+            cache.tap.after_first([], [])
+        for _ in range(SEAM):
+            graphs.attended()
+        if cache.tap is not None:
+            cache.tap.after_last([])
+
+    model.fails = attends
+    for seed in range(WARM + 2):
+        assert torch.equal(graphs.run(model, (rows(5, seed),), {}, cache=cache), model.expected(rows(5, seed)))
+    assert card.begun == 3 and card.replayed == 2 * 3
+
+
 def test_where_its_second_part_cannot_be_captured_the_first_goes_too(graphs, model, card, said):
     def fails() -> None:
         for _ in range(SEAM):

@@ -164,3 +164,18 @@ def test_captures_hear_of_every_attention_call_that_was_exchanged(monkeypatch: p
     assert not heard
     shared(model, [call], ulysses=2)
     assert len(heard) == 2 * (len(model.double_blocks) + len(model.single_blocks))
+
+
+def test_calls_that_are_exchanged_are_known_by_their_list_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from para_core.execution.ways import Ways
+
+    seen, way = set(), Ways.way
+
+    def noted(ways, exchange, call, where, beside):
+        seen.add(where)
+        return way(ways, exchange, call, where, beside)
+
+    monkeypatch.setattr(Ways, "way", noted)
+    model, call = build("flux")
+    shared(model, [call], ulysses=2)
+    assert seen == {"double_blocks", "single_blocks"}

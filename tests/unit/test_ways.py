@@ -120,21 +120,23 @@ def test_ranks_of_uneven_rows_heads_and_groups_know_a_call_by_one_name():
         assert all(way.used == {PLAIN, Way(True)} for way in ranks.ways)
 
 
-def test_heads_are_cut_where_attention_is_long_enough_to_hide_messages():
-    ranks = Ranks(machine=Machine(Link(1e-5, 1e7), 1e12))
-    ranks.step()
-    met = next(iter(ranks.ways[0]._met.values()))
-    assert met.q.shape == (2, 3, 40, 8) and met.parts == 3
-    request = ranks.choosers[0].decide(met.q, met.k, None, None, needs_lse=False, low_precision_ok=True).request
-    ranks.choosers[0].learn({timed_kind(request): {"quantising": 4.0}})
-    assert list(ranks.step()[0].values()) == [[True, 2]]
-
-
 class Mlp:
     """What stands beside a call: so many operations while its messages travel there, and back."""
 
     def __init__(self, there: float, back: float):
         self.operations = there, back
+
+
+@pytest.mark.parametrize(("beside", "told"), [((0.0, 0.0), [[True, 2]]), ((1.0, 0.0), []), ((0.0, 1.0), [[True, 1]])])
+def test_heads_are_cut_where_attention_is_long_enough_to_hide_messages_that_nothing_else_hides(beside, told):
+    ranks = Ranks(machine=Machine(Link(1e-5, 1e7), 1e12, 1.0))
+    ranks.beside = Mlp(*beside)
+    ranks.step()
+    met = next(iter(ranks.ways[0]._met.values()))
+    assert met.q.shape == (2, 3, 40, 8) and met.parts == 3
+    request = ranks.choosers[0].decide(met.q, met.k, None, None, needs_lse=False, low_precision_ok=True).request
+    ranks.choosers[0].learn({timed_kind(request): {"quantising": 5.0}})
+    assert list(ranks.step()[0].values()) == told
 
 
 ONE_A_SECOND = Machine(SLOW.link, SLOW.memory, 1.0)
@@ -151,6 +153,13 @@ def test_what_an_mlp_hides_travels_as_it_is(seconds, bytes_pay):
     (plain, elsewhere), *_ = told.items()
     assert elsewhere == [True, 1] and "single_blocks" not in plain
     assert [way for name, way in told.items() if name == f"{plain}, single_blocks"] == ([[True, 1]] if bytes_pay else [])
+
+
+def test_in_a_ring_an_mlp_hides_nothing():
+    ranks = Ranks(2, 1, machine=ONE_A_SECOND)
+    ranks.beside = Mlp(1.0, 1.0)
+    ranks.step()
+    assert list(ranks.step()[0].values()) == [[True, 1]]
 
 
 def test_a_machine_that_was_not_measured_hides_nothing():
