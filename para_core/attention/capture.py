@@ -54,6 +54,9 @@ def abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
     try:
         graph.capture_end()
     except RuntimeError:
+        memory = torch.cuda.memory
+        end = getattr(memory, "_cuda_endAllocateToPool", None) or getattr(memory, "_cuda_endAllocateCurrentStreamToPool", None)  # < 2.8
         with suppress(RuntimeError):  # nor will it hear of what has ended
-            torch.cuda.memory._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            torch.cuda.memory._cuda_releasePool(torch.cuda.current_device(), pool)
+            if end is not None:
+                end(torch.cuda.current_device(), pool)
+            memory._cuda_releasePool(torch.cuda.current_device(), pool)

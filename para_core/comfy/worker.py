@@ -106,7 +106,7 @@ class Run:
             mesh=mesh,
             step=step,
             comm=comm,
-            graph=share["graph"],
+            graph=share["graph"] and not self.opened,  # a graph would replay copies of weights from where they no longer are
             whole=share["whole"],
         )
         return None if result is None else torch.cat([tensor.reshape(-1) for tensor in calls.tensors(result)])

@@ -68,6 +68,7 @@ def share(units: Iterable[Unit], comm: Comm, device: torch.device) -> int:
         ]:
             raise RuntimeError(f"weights changed while they were sent, near {bucket[0].rows[0][0]}")
         comm.broadcast(buffer)
+        comm.settle()
         total += fingerprint(buffer)
     return total % 2**64
 
@@ -78,4 +79,5 @@ def receive(expected: list[list[Row]], comm: Comm, device: torch.device) -> Iter
         empty, layout = pack([torch.empty(shape, dtype=dtype, device="meta") for _, shape, dtype in bucket])
         buffer = torch.empty(empty.numel(), dtype=torch.uint8, device=device)
         comm.broadcast(buffer)
+        comm.settle()
         yield dict(zip([name for name, _, _ in bucket], unpack(buffer, layout), strict=True)), fingerprint(buffer)

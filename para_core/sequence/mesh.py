@@ -42,8 +42,11 @@ class Comm(Protocol):
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         """Overwrite ``tensor`` with rank ``root``'s."""
 
-    def settle(self) -> None:
-        """Wait for what was enqueued, for a peer that hangs not longer than patience lasts: before numbers are read from a device."""
+    def settle(self, timeout_s: float | None = None) -> None:
+        """Wait for what was enqueued, for a peer that hangs not longer than patience lasts: before numbers are read from a device.
+
+        timeout_s: patience with the device; None: the communicator's own.
+        """
 
     def shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Callable[[], None]:
         """Start sending ``sent`` to rank ``to`` and receiving ``received`` from ``source``; the returned call waits for both.

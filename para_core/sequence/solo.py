@@ -31,7 +31,7 @@ class Solo:
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         pass
 
-    def settle(self) -> None:
+    def settle(self, timeout_s: float | None = None) -> None:
         pass
 
     def shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Callable[[], None]:

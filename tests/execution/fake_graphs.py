@@ -33,6 +33,8 @@ class Recording(TorchDispatchMode):
 class Card:
     """What the process has captured. ``begun``, ``replayed``: parts so far. ``told``: what torch's allocator was told."""
 
+    names = "_cuda_endAllocateToPool", "_cuda_releasePool"
+
     def __init__(self, recording: Recording):
         self.recording = recording
         self.begun = self.replayed = 0
@@ -92,7 +94,7 @@ def installed() -> Iterator[Card]:
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         for name in ("synchronize", "empty_cache"):
             patch.setattr(torch.cuda, name, lambda *_device: None)
-        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        for name in card.names:
             patch.setattr(torch.cuda.memory, name, lambda _device, pool, name=name: card.told.append(f"{name} {pool}"))
         try:
             yield card

@@ -73,7 +73,7 @@ class FakeComm:
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         tensor.copy_(self._swap(tensor.clone())[root])
 
-    def settle(self) -> None:
+    def settle(self, timeout_s: float | None = None) -> None:
         pass
 
     def shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,3 +106,20 @@ def test_a_loader_without_a_record_has_its_weights_sent(folder, offloaded) -> No
     model.cached_patcher_init = None
     assert same(model, *run(model, JOB, Parallel(2)))
     assert counts()["models"] == before + 1
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_weights_that_move_are_not_part_of_a_graph_though_rank_0_captures_its_own(opened: bool) -> None:
+    """A card that cannot hold the model beside one that can: what a graph copied from host memory would be stale."""
+    from para_core.comfy.worker import Run
+
+    asked: dict[str, Any] = {}
+    run = object.__new__(Run)
+    run.opened, run.names, run.function = opened, [], None
+    run.patches = SimpleNamespace(follow=lambda _options, _patches: {})
+    run.runner = SimpleNamespace(
+        override=SimpleNamespace(ways=SimpleNamespace(learn=lambda _table: None)), run=lambda *_args, **options: asked.update(options)
+    )
+    share = {"kernels": {}, "ways": {}, "part": ((), {}), "cache": None, "patches": [], "graph": True, "whole": False}
+    run.forward(share, None, None)
+    assert asked["graph"] is not opened
