@@ -6,8 +6,8 @@ from comfy_api.latest import io
 
 from ..para_core.attention.choice import SETTINGS
 from ..para_core.cache.presets import PRESETS
-from ..para_core.comfy import attach, sidecars
-from ..para_core.settings import Accelerate, Parallel
+from ..para_core.comfy import attach
+from ..para_core.settings import Accelerate
 from .parallel import COUNT
 
 
@@ -53,5 +53,4 @@ class ParaAccelerate(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, gpus: int, attention: str, cache: str, compile: str) -> io.NodeOutput:
-        sidecars.warm(Parallel(gpus), model.load_device)
         return io.NodeOutput(attach.attach(model, Accelerate(gpus, attention, cache, compile)))

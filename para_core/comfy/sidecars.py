@@ -23,6 +23,7 @@ from . import model as models
 
 SCRIPT = Path(__file__).resolve().parents[1] / "sidecar.py"
 MOST_CPU_RANKS = 8
+WEAKEST = 8  # times as many multiprocessors as a card that is of no use
 
 _group: Group | None = None
 _ids: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -80,10 +81,31 @@ def _devices(settings: Parallel, own: torch.device, say: Callable[[str], None]) 
             say(f"There is no CUDA device {', '.join(wrong)} here (there are {there}): left out.")
         named = dict.fromkeys(int(word) for word in words if word not in wrong)
         others = [index for index in named if index != (own.index or 0)]
+    else:
+        unfit = {index: why for index in others if (why := _unfit(index, own.index or 0))}
+        for index, why in unfit.items():
+            say(f"cuda:{index} is left out, unless the input devices names it: {why}.")
+        others = [index for index in others if index not in unfit]
     wanted = settings.gpus or 1 + len(others)
     if wanted > 1 + len(others):
         say(f"{wanted} GPUs were asked for and {1 + len(others)} can be used.")
     return [f"cuda:{index}" for index in others[: wanted - 1]]
+
+
+def _unfit(index: int, own: int) -> str:
+    """Why the card ``index`` can be of no use beside ``own``, such as one that is there for a display; "" if it may be."""
+    card, first = map(torch.cuda.get_device_properties, (index, own))
+    built = [name.rstrip("af").partition("_") for name in torch.cuda.get_arch_list()]  # such as sm_86, sm_90a, compute_120
+    if built and not any(_runs(kind, int(digits), card) for kind, _, digits in built):
+        return f"this PyTorch has no kernels for its compute capability {card.major}.{card.minor}"
+    if card.multi_processor_count * WEAKEST < first.multi_processor_count:
+        return f"it has {card.multi_processor_count} multiprocessors, the first GPU {first.multi_processor_count}"
+    return ""
+
+
+def _runs(kind: str, built: int, card: Any) -> bool:
+    """Whether ``card`` runs code built for a capability: as it is, or compiled by the driver."""
+    return built <= 10 * card.major + card.minor and (kind == "compute" or built // 10 == card.major)
 
 
 def warm(settings: Parallel, own: torch.device) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from ..group.member import RankLost
 from ..plans.plan import Plan, attribute, patch_sides
 from ..sequence.degrees import choose
 from ..sequence.layout import balanced
-from ..sequence.mesh import Degrees, replica_speeds
+from ..sequence.mesh import Degrees, Link, replica_speeds
 from . import calls, patches, sidecars
 from .calls import ModelCall
 from .estimate import Estimate
@@ -62,7 +62,7 @@ class Split:
         """PREPARE_SAMPLING wrapper: once ComfyUI has loaded the model, the group gets it too."""
         self._estimate = Estimate(args, self.part)
         with self._or_alone():
-            self._compare()
+            self._recruit(*args[1:3])
         result = executor(*args, **kwargs)
         self._estimate.others = result[2]
         if self._estimate.active:
@@ -76,9 +76,27 @@ class Split:
         with comfy.model_management.cuda_device_context(self.session.patcher.load_device):  # as around sampling, which comes later
             try:
                 yield
-            except (GroupError, RankLost, Unshareable, Untransportable) as error:
-                self.session.notes.say(f"This run stays on one GPU, because {error}.")
+            except (GroupError, RankLost, Unshareable, Untransportable, torch.OutOfMemoryError) as error:
+                full = isinstance(error, torch.OutOfMemoryError)  # beside the model
+                reason = "no memory is free to measure how fast GPUs are" if full else error
+                self.session.notes.say(f"This run stays on one GPU, because {reason}.")
                 self.make_room()
+
+    def _recruit(self, shape: Sequence[int], conds: Mapping[str, Sequence[Any]]) -> None:
+        """Have workers start while the model is loaded: none where splitting could not pay, and no more than could take part."""
+        assert self.session.parallel is not None and self._estimate is not None
+        if self.session.parallel.careful:
+            comfy.model_management.free_memory(MATRICES, self.session.patcher.load_device)
+            if reason := self._loses(shape):
+                self.session.notes.say(reason)
+                self._estimate.close()
+                return
+            rows = shape[0] * sum(map(len, conds.values()))
+            most = self.degrees(rows, options=self.session.options["transformer_options"]).world
+            self.devices = self.devices[: max(most - 1, len(self.group.members))]  # those that are there stay
+            self._degrees.clear()
+            self.group.expect(self.devices)
+        self._compare()
 
     def _compare(self) -> None:
         """Learn how fast each rank is where GPUs are of several kinds: before the model is loaded, for its room goes by the shares."""
@@ -97,7 +115,7 @@ class Split:
     def _share_model(self, args: tuple) -> None:
         session = self.session
         self.group.form(session.patcher.load_device, self.devices)
-        if session.parallel is not None and session.parallel.careful and (reason := self._loses(args[1])):
+        if session.parallel is not None and session.parallel.careful and (reason := self._loses(args[1], self.group.link)):
             session.notes.say(reason)
             self.make_room()
             return
@@ -148,8 +166,11 @@ class Split:
         if self._estimate is not None:
             self._estimate.whole()
 
-    def _loses(self, shape: Sequence[int]) -> str:
-        """Why sampling latents of ``shape`` ``(B, C, ...)`` would not be faster on several ranks; "" if it should be."""
+    def _loses(self, shape: Sequence[int], link: Callable[[], Link] | None = None) -> str:
+        """Why sampling latents of ``shape`` ``(B, C, ...)`` would not be faster on several ranks; "" if it should be.
+
+        ``link``: measures it; None, before there are other ranks: the fastest imaginable, and as fast cards.
+        """
         model, device = self.session.model, self.session.patcher.load_device
         if not processors_of_their_own(device):
             return "This run is not split: CPU processes share one processor."
@@ -164,7 +185,9 @@ class Split:
         rate = gain.matrix_rate(device, dtype)
         work, degrees = gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens, options=options)
         shared = gain.reached(work, degrees, self._rates, self._heads) if self._rates else rate
-        figures = work, degrees, rate, self.group.link(), shared
+        if link is None and gain.unlike([device, *map(torch.device, self.devices)]):
+            shared = gain.FASTER * rate
+        figures = work, degrees, rate, link() if link is not None else gain.FASTEST, shared
         compiled = self.session.runner is not None and self.session.runner.compiled is not None
         launching = 0.0 if self.session.graph(options) else gain.COMPILED if compiled else gain.EAGER
         if gain.gain(*figures, launching=launching) > gain.WORTH:
@@ -173,7 +196,8 @@ class Split:
             return "This run is not split: the GPUs would wait for the processor, which launches a step no faster for several of them."
         slowest = min(self._rates, default=rate)
         slow = f" with a GPU of {slowest / rate:.0%} of the first one's speed" if slowest < gain.UNEQUAL * rate else ""
-        return f"This run is not split:{slow} on this link between the GPUs a step would take {1 / times:.2g} times as long."
+        which = "this" if link is not None else "the fastest"
+        return f"This run is not split:{slow} on {which} link between the GPUs a step would take {1 / times:.2g} times as long."
 
     def shares(self) -> list[int] | None:
         """Percent of the tokens of its sequence that each rank had, where that went by speed; else None."""

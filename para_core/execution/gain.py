@@ -25,6 +25,10 @@ WORTH = 1.05
 EAGER, COMPILED = 1.2e-3, 4e-4
 """Seconds that the processor needs to launch a block, which more ranks do not shorten (FLUX.1-dev eager beside an H100: 70 ms for
 57 blocks; compiled: an estimate). A CUDA graph needs none."""
+FASTEST = Link(1e-5, 9e11)
+"""No link is faster: that of NVLink 5, and the least that a collective takes."""
+FASTER = 100
+"""No card is so many times as fast as another."""
 UNEQUAL = 0.9
 """Speed of a GPU over the fastest one's, below which shares are in proportion to speed."""
 GRAIN = 20

@@ -69,6 +69,7 @@ class Group(Models):
         self.timeouts = Timeouts()
         self.counts: Counter[str] = Counter()
         self.lost: str | None = None
+        self._told: str | None = None  # what the first member said that lost touch with others
         self._device = torch.device("cpu")
         # NVLink multicast is for large sums, and takes memory and time. One rank without is enough: ComfyUI's process is left as it is.
         self._pool = Pool(script, {"NCCL_NVLS_ENABLE": "0"})
@@ -158,7 +159,7 @@ class Group(Models):
                     log.warning("%s: starting again what did not join", self.lost)
 
     def _join(self) -> None:
-        self._epoch, self.lost = next(self._epochs), None
+        self._epoch, self.lost, self._told = next(self._epochs), None, None
         for member in self._members:
             if member.channel is None:
                 try:
@@ -231,6 +232,7 @@ class Group(Models):
             member.replies.put((kind, payload))
         elif payload["epoch"] == self._epoch:
             if payload["peer"] and self._comm is not None:
+                self._told = self._told or f"{member}: {payload['message']}"
                 self._abort()  # whose fault it was is heard from another member, or not at all
             else:
                 self._lose(member, f"failed: {payload['message']}", kill=False)
@@ -301,11 +303,12 @@ class Group(Models):
             yield
             self._check()
         except RuntimeError as error:
+            touch = self._told or str(error)  # what is told from here on comes of this rank's own failure
             deadline = time.monotonic() + (_EXPLAINED if isinstance(error, CommunicationFailed) else 0.0)
             while self.lost is None and time.monotonic() < deadline:
                 time.sleep(0.01)
             if isinstance(error, CommunicationFailed):
-                self.give_up(f"the ranks lost touch: {error}")
+                self.give_up(f"the ranks lost touch: {touch}")
             else:
                 self.give_up(str(error) if isinstance(error, RankLost) else f"rank 0 failed: {one_line(error)}")
             raise RankLost(self.lost) from error

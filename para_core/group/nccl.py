@@ -99,7 +99,9 @@ def _check(code: int) -> None:
     if code not in (_SUCCESS, _IN_PROGRESS):
         library = _library()
         texts = [library.ncclGetErrorString(code), library.ncclGetLastError(None)]
-        raise CommunicationFailed(": ".join(["NCCL", *(text.decode(errors="replace").strip() for text in texts if text)]))
+        said = ": ".join(["NCCL", *(text.decode(errors="replace").strip() for text in texts if text)])
+        remedy = "; in a container: docker run --shm-size=1g" if "shared memory" in said else ""
+        raise CommunicationFailed(said + remedy)
 
 
 def publish_id(store: Store, rank: int) -> None:

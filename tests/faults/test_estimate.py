@@ -87,14 +87,19 @@ def test_a_run_that_cannot_be_shared_has_whole_steps_asked_for(group, asked, mon
     assert asked == [HALF, WHOLE]
 
 
-def test_a_run_that_would_lose_by_a_split_has_whole_steps_asked_for(group, asked) -> None:
+@pytest.mark.parametrize("known", ["before the model is loaded", "once the link is measured"])
+def test_a_run_that_would_lose_by_a_split_has_whole_steps_asked_for(group, asked, known, monkeypatch) -> None:
     from para_core.comfy.attach import attach
+    from para_core.comfy.split import Split
     from para_core.settings import Parallel
 
+    loses = Split._loses
+    if known == "once the link is measured":
+        monkeypatch.setattr(Split, "_loses", lambda self, shape, link=None: loses(self, shape, link) if link else "")
     with log_lines() as lines:
         sample(attach(load("flux"), Parallel(gpus=2, careful=True)), Prompt())
     assert any("CPU processes share one processor" in line for line in lines)
-    assert asked == [HALF, WHOLE]
+    assert asked == ([HALF, WHOLE] if known == "once the link is measured" else [WHOLE])
 
 
 def test_steps_that_fewer_ranks_share_than_was_said_have_whole_steps_asked_for(group, asked) -> None:

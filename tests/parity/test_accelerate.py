@@ -110,29 +110,80 @@ def test_kernels_of_others_are_not_captured(comfy, monkeypatch, setting, previou
     assert bool(reason) is bool(whose) and whose in reason
 
 
-def test_on_the_cpu_it_computes_what_stock_does_without_splitting_and_says_why(comfy):
+def unsplit(monkeypatch, settings):
+    """A run for which no worker may start."""
+    from para_core.group.group import Group
+
+    for name in ("warm", "form"):
+        monkeypatch.setattr(Group, name, lambda *_args: pytest.fail("a worker would start"))
+    return inprocess.run(inprocess.load("flux"), JOB, settings)
+
+
+def test_on_the_cpu_it_computes_what_stock_does_without_splitting_and_says_why(comfy, monkeypatch):
     from para_core.settings import Accelerate
 
     stock = inprocess.sample(inprocess.load("flux"), JOB)
-    latent, report = inprocess.run(inprocess.load("flux"), JOB, Accelerate(gpus=2))
+    latent, report = unsplit(monkeypatch, Accelerate(gpus=2))
     assert report["ranks"] == 1 and inprocess.error(latent, stock) < 1e-6
     assert "This run is not split: CPU processes share one processor." in report["notes"]
 
 
-@pytest.mark.parametrize(("rate", "ranks"), [(1e9, 2), (1e15, 1)], ids=["slow processor", "fast processor"])
-def test_a_run_is_split_if_the_measured_link_is_fast_for_the_processor(comfy, monkeypatch, rate, ranks):
-    """The link is that of two real processes; the rate of the processor is the test's."""
+@pytest.mark.parametrize(("block", "ranks"), [(0.1, 2), (1e-4, 1)], ids=["slow processor", "fast processor"])
+def test_a_run_is_split_if_the_measured_link_is_fast_for_the_processor(comfy, monkeypatch, block, ranks):
+    """The link is that of two real processes; the seconds that a block takes are the test's."""
     from para_core.comfy import split
     from para_core.execution import gain
+    from para_core.plans import plan_for
     from para_core.settings import Accelerate
 
-    monkeypatch.setattr(gain, "matrix_rate", lambda device, dtype: rate)
+    model = inprocess.load("flux").model.diffusion_model
+    work = gain.work_of(plan_for(model), model, 1, 35)
+    monkeypatch.setattr(gain, "EAGER", 0.0)
+    monkeypatch.setattr(gain, "matrix_rate", lambda device, dtype: work.operations / (gain.EFFICIENCY * work.layers * block))
     monkeypatch.setattr(gain, "memory_rate", lambda device: 1e9)
     monkeypatch.setattr(split, "processors_of_their_own", lambda device: True)
     stock = inprocess.sample(inprocess.load("flux"), JOB)
     latent, report = inprocess.run(inprocess.load("flux"), JOB, Accelerate(gpus=2, cache="off"))
     assert report["ranks"] == ranks and inprocess.error(latent, stock) < 1e-5
-    assert any("times as long" in note for note in report["notes"]) is (ranks == 1)
+    assert any("on this link between the GPUs a step would take" in note for note in report["notes"]) is (ranks == 1)
+
+
+def test_no_worker_starts_for_a_run_that_no_link_would_make_faster(comfy, monkeypatch):
+    """A small model on a fast card: starting workers takes longer than the run, and they keep memory of every card."""
+    from para_core.comfy import split
+    from para_core.execution import gain
+    from para_core.settings import Accelerate
+
+    monkeypatch.setattr(split, "processors_of_their_own", lambda device: True)
+    monkeypatch.setattr(gain, "matrix_rate", lambda device, dtype: 1e15)
+    stock = inprocess.sample(inprocess.load("flux"), JOB)
+    latent, report = unsplit(monkeypatch, Accelerate(gpus=8, cache="off"))
+    assert report["ranks"] == 1 and inprocess.error(latent, stock) < 1e-6
+    assert any("on the fastest link between the GPUs a step would take" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize(("there", "kept"), [(0, 1), (2, 2), (7, 7)])
+def test_no_more_workers_start_than_can_take_part_and_none_is_ended_for_that(comfy, monkeypatch, there, kept):
+    """Prompt and negative prompt of a model whose blocks are not cut, on eight cards."""
+    from types import SimpleNamespace
+
+    from para_core.comfy.split import Split
+    from para_core.sequence.mesh import Degrees
+
+    expected: list[str] = []
+    found = object.__new__(Split)
+    found.devices, found._degrees = [f"cuda:{index}" for index in range(1, 8)], {}
+    found._estimate = SimpleNamespace(active=True)
+    found.group = SimpleNamespace(members=[None] * there, expect=expected.extend)
+    found.session = SimpleNamespace(
+        parallel=SimpleNamespace(careful=True), patcher=SimpleNamespace(load_device="cpu"), options={"transformer_options": {}}
+    )
+    monkeypatch.setattr("comfy.model_management.free_memory", lambda *_args: None)
+    for name, value in {"_loses": "", "_compare": None}.items():
+        monkeypatch.setattr(Split, name, lambda *_args, value=value: value)
+    monkeypatch.setattr(Split, "degrees", lambda self, rows, options: Degrees(batch=min(rows, 8)))
+    found._recruit((1, 4, 64, 64), {"positive": [None], "negative": [None]})
+    assert expected == found.devices and len(expected) == kept
 
 
 def test_a_run_is_not_split_where_launching_takes_longer_than_computing(comfy, monkeypatch):
@@ -143,7 +194,7 @@ def test_a_run_is_not_split_where_launching_takes_longer_than_computing(comfy, m
     monkeypatch.setattr(gain, "matrix_rate", lambda device, dtype: 1e9)
     monkeypatch.setattr(gain, "EAGER", 100.0)
     monkeypatch.setattr(split, "processors_of_their_own", lambda device: True)
-    _, report = inprocess.run(inprocess.load("flux"), JOB, Accelerate(gpus=2, cache="off"))
+    _, report = unsplit(monkeypatch, Accelerate(gpus=2, cache="off"))
     assert report["ranks"] == 1 and any("wait for the processor" in note for note in report["notes"])
 
 

@@ -92,6 +92,48 @@ def test_other_gpus_than_nvidia_s_are_named_where_splitting_and_graphs_are_left_
     assert len(heard) == 2 and all(f"model runs on {named}" in sentence for sentence in heard)
 
 
+CARDS = {"RTX 4090": (8, 9, 128), "RTX 3090": (8, 6, 82), "RTX 3060": (8, 6, 28)}
+CARDS |= {"GTX 1080": (6, 1, 20), "T400": (7, 5, 6), "5090": (12, 0, 170)}
+
+
+@pytest.mark.parametrize(
+    ("cards", "settings", "found", "said"),
+    [
+        (("RTX 4090", "RTX 4090"), {}, [1], []),
+        (("RTX 4090", "RTX 3090", "RTX 3060"), {}, [1, 2], []),
+        (("RTX 4090", "RTX 4090", "T400"), {}, [1], ["cuda:2 is left out, unless the input devices names it: it has 6 multiprocessors"]),
+        (("RTX 4090", "T400", "RTX 4090"), {"gpus": 2}, [2], ["cuda:1 is left out"]),
+        (("RTX 4090", "GTX 1080"), {}, [], ["no kernels for its compute capability 6.1"]),
+        (("RTX 4090", "T400"), {"devices": "1"}, [1], []),
+        (("T400", "RTX 4090"), {}, [1], []),
+        (("5090", "RTX 4090"), {}, [1], []),
+    ],
+    ids=lambda value: " ".join(value) if value and isinstance(value, tuple) else None,
+)
+def test_cards_that_can_be_of_no_use_are_left_out_unless_they_are_named(comfy, monkeypatch, cards, settings, found, said):
+    """A card for the display beside those that compute would have all of them wait, or fail."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from para_core.comfy import sidecars
+    from para_core.settings import Parallel
+
+    def properties(index):
+        major, minor, count = CARDS[cards[index]]
+        return SimpleNamespace(major=major, minor=minor, multi_processor_count=count)
+
+    heard: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    unknown = [] if "GTX 1080" not in cards else ["sm_75", "compute_80"]
+    for built in (["sm_75", "sm_80", "sm_86", "sm_90a", "sm_120", "compute_120"], unknown):
+        heard.clear()
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda built=built: built)
+        assert sidecars.devices(Parallel(**settings), torch.device("cuda", 0), heard.append) == [f"cuda:{index}" for index in found]
+        assert len(heard) == len(said) and all(words in sentence for words, sentence in zip(said, heard, strict=True))
+
+
 @pytest.mark.parametrize(("devices", "said"), [("0,2", 1), (" ", 0)])
 def test_cuda_devices_are_left_out_on_the_cpu_and_that_is_said(comfy, devices, said):
     import torch

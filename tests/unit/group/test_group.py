@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from para_core.group.group import Group, GroupError
-from para_core.group.member import Member
+from para_core.group.member import Member, RankLost
+from para_core.group.transport import CommunicationFailed
 
 
 @pytest.mark.parametrize(("lost", "ended"), [(None, []), ("rank 1 was lost", ["abort", "close"])])
@@ -72,3 +73,18 @@ def test_the_rate_of_every_worker_is_known_by_rank_and_each_is_asked_once():
     group._members = [Asked(rank, f"cuda:{rank}", SimpleNamespace()) for rank in (1, 2)]  # type: ignore[arg-type]
     assert [group.rates(torch.bfloat16) for _ in range(2)] == [(1e14, 2e14)] * 2
     assert asked == [(1, "rate", "bfloat16"), (2, "rate", "bfloat16")]
+
+
+@pytest.mark.parametrize(("heard", "said"), [("before", "rank 1 on cuda:1: NCCL: no room"), ("after", "NCCL: here")])
+def test_what_is_said_of_ranks_that_lost_touch_is_what_the_first_of_them_met(heard, said, monkeypatch):
+    """A rank whose own library fails is known to the others only as one that has gone; what it met tells the remedy."""
+    monkeypatch.setattr("para_core.group.group._EXPLAINED", 0.0)
+    group = Group(Path("none"), lambda *_: {})
+    group._comm = SimpleNamespace(abort=lambda: None)  # type: ignore[assignment]
+    member = Member(1, "cuda:1", SimpleNamespace())  # type: ignore[arg-type]
+    failure = {"epoch": 0, "peer": True, "message": "NCCL: no room"}
+    with pytest.raises(RankLost, match=f"the ranks lost touch: {said}"), group._shared():
+        if heard == "before":
+            group.hear(member, "failed", failure)
+        monkeypatch.setattr(group, "give_up", lambda reason: (group.hear(member, "failed", failure), Group.give_up(group, reason)))
+        raise CommunicationFailed("NCCL: here")

@@ -137,3 +137,12 @@ def test_a_call_that_waits_for_others_pauses_between_looks_and_can_be_ended(tran
     transport._life.aborted = True
     with pytest.raises(CommunicationFailed, match="aborted"):
         transport._call(lambda _library: 7)
+
+
+@pytest.mark.parametrize(("text", "remedy"), [(b"creating shared memory segment /dev/shm/nccl", True), (b"Duplicate GPU", False)])
+def test_an_error_of_the_library_names_what_it_met_and_what_helps(text, remedy, monkeypatch):
+    library = SimpleNamespace(ncclGetErrorString=lambda _code: b"unhandled system error", ncclGetLastError=lambda _comm: text)
+    monkeypatch.setattr(nccl, "_library", lambda: library)
+    with pytest.raises(CommunicationFailed, match=text.decode()) as raised:
+        nccl._check(2)
+    assert ("--shm-size" in str(raised.value)) is remedy
