@@ -229,6 +229,14 @@ def uncached(options: dict[str, Any]) -> str:
     return ""
 
 
+def wrapped(model_options: dict[str, Any]) -> bool:
+    """Whether code of other nodes stands around each model call; EasyCache's puts nothing into the model."""
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
+    held = [wrappers.get(place, {}).values() for place in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)]
+    around = (function for own in held for functions in own for function in functions)
+    return "model_function_wrapper" in model_options or any(module(function) != "nodes_easycache" for function in around)
+
+
 def compiled_elsewhere(options: dict[str, Any]) -> bool:
     """Whether ComfyUI's own torch.compile wrapper (Torch Compile Model and its like) is on the model."""
     return COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})

@@ -30,8 +30,8 @@ def settled(setting: Compile, patcher: ModelPatcher, options: dict[str, Any]) ->
     return setting.blocks or (setting.graph and torch.cuda.get_allocator_backend() != "cudaMallocAsync")
 
 
-def against_graphs(patcher: ModelPatcher, chooser: Chooser) -> str:
-    """Why forwards are not captured as CUDA graphs, in a sentence; "" if they may be.
+def against_graphs(patcher: ModelPatcher, chooser: Chooser, code: str = "") -> str:
+    """Why forwards are not captured as CUDA graphs, in a sentence; "" if they may be. ``code``: what other nodes put into the model.
 
     Under cudaMallocAsync torch (2.11) ends the process when it frees what was allocated in a capture that failed, was
     cancelled or lost a rank; and compiled blocks cannot be captured under it at all.
@@ -47,6 +47,8 @@ def against_graphs(patcher: ModelPatcher, chooser: Chooser) -> str:
         return "No CUDA graphs: some weights wait in host memory, because the GPU cannot hold all of them."
     if asynchronous:
         return "No CUDA graphs: with the allocator cudaMallocAsync one that fails ends ComfyUI (--disable-cuda-malloc: another allocator)."
+    if code:
+        return f"No CUDA graphs: {code} may decide anew at every step, and a graph would repeat one of them."
     stock = chooser.setting is None and comfy.model_management.sage_attention_enabled()
     if stock or chooser.previous is not None:  # nobody knows on which stream it launches; SageAttention 2 on another one
         whose = "--use-sage-attention" if stock else "another node's attention override"

@@ -23,6 +23,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ..group.member import Held
 from ..group.weights import Unit
+from . import objects
 
 PREFIX = "diffusion_model."
 QUANTISED = "comfy_quant"  # the entry of a layer's state that says how it is quantised
@@ -52,6 +53,8 @@ def recipe(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
         raise Unshareable(f"a node injects code into the model ({', '.join(sorted(map(str, patcher.injections)))})")
     if patcher.weight_wrapper_patches:
         raise Unshareable("a node wraps the model's weights")
+    if code := objects.foreign(model):
+        raise Unshareable(f"{code} {objects.ELSEWHERE}")
     return {
         "module": module,
         "class": type(model).__qualname__,

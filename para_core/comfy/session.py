@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Hashable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Session:
         self.forecaster: Forecaster | None = None
         self.chooser: Chooser | None = None
         self.foreign = ""  # another node's attention override, which shared forwards use
+        self.exchanged = ""  # what other code has put into the model for this step
         self.steps, self.forwards = steps, 0
         self.meter = Meter(self.patcher.load_device)
         self.latents: reports.Mark | None = None
@@ -108,6 +109,8 @@ class Session:
         devices = sidecars.devices(self.parallel, self.patcher.load_device, self.notes.say) if self.parallel else []
         if devices:
             reason = calls.unsplittable(self.patcher, options, previous)
+            if not reason and (code := objects.replaced(self.model)):
+                reason = f"{code} {objects.ELSEWHERE}"
             self.foreign = f"the attention override {calls.title(previous)}" if previous is not None and not reason else ""
             if reason:
                 self.notes.say(f"This run stays on one GPU: {reason}.")
@@ -151,11 +154,11 @@ class Session:
             name = type(self.model).__name__
             self.notes.say(f"No step is cached: the rule classic does not know the blocks of {name}; forecast works with any model.")
             caching = False
-        method = objects.block_method(self.patcher, plan)
-        if method and (caching or self.compiling.blocks):
-            self.notes.say(f"The rule classic and compiled blocks are left out, because a node replaced {method}; forecast works with it.")
-            caching = False
         try:
+            method = objects.block_method(self.patcher, plan)
+            if method and (caching or self.compiling.blocks):
+                self.notes.say(f"The rule classic and compiled blocks are left out, because of {method}; forecast works with it.")
+                caching = False
             self.runner = Runner(
                 plan,
                 self.model,
@@ -207,10 +210,15 @@ class Session:
         if not self.compiling.graph or self.runner is None:
             return False
         assert self.chooser is not None
-        if reason := compiling.against_graphs(self.patcher, self.chooser):
+        if reason := compiling.against_graphs(self.patcher, self.chooser, self.exchanged or self.written):
             self.notes.say(reason)
             return False
         return not calls.first_patch(options)
+
+    @cached_property
+    def written(self) -> str:
+        """What other packs have written into the model for good."""
+        return objects.foreign(self.model)
 
     def listening(self, args: tuple) -> tuple:
         """The sampler's arguments with a callback (the sixth) that also tells the node how far the run is."""
@@ -295,6 +303,8 @@ class Session:
     def step(self, together: list[Call]) -> list[Any]:
         """Results of model calls that stock code makes one after the other and that may be computed at once."""
         model_calls = [ModelCall(call, self.names) for call in together]
+        if self.runner is not None:
+            self.exchanged = objects.exchanged(self.model, self.runner.hooks.stacks + self.runner.hooks.sides)
         if self.decisions is not None:
             self.evaluation.count(model_calls)
         records = self.decisions.records if self.decisions is not None else []
@@ -384,7 +394,7 @@ class Session:
     def follows(self, options: dict[str, Any]) -> bool:
         """Whether calls with these options go through the cache; what stands against it is said."""
         cached = self.runner is not None and self.runner.cache is not None
-        code = calls.uncached(options) if cached else ""
+        code = (calls.uncached(options) or self.exchanged) if cached else ""
         if code:
             self.notes.say(f"First Block Cache does not skip anything with {code}: its first block does not show what that changes.")
         return cached and not code

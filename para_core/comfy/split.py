@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 import comfy.sampler_helpers
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from ..cache.first_block import Step, chunks
 from ..execution import gain, memory
@@ -24,7 +23,7 @@ from ..plans.plan import Plan, attribute, patch_sides
 from ..sequence.degrees import choose
 from ..sequence.layout import balanced
 from ..sequence.mesh import Degrees, Link, replica_speeds
-from . import calls, patches, sidecars
+from . import calls, objects, patches, sidecars
 from .calls import ModelCall
 from .estimate import Estimate
 from .lanes import separate
@@ -264,8 +263,7 @@ class Split:
         entered twice before it is left, and put back the wrong thing.
         """
         options = model_options.get("transformer_options", {})
-        wrapped = any(options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).values())
-        lanes = separate(conds, x_in, timestep) if self.active and not wrapped else []
+        lanes = separate(conds, x_in, timestep) if self.active and not calls.wrapped(model_options) else []
         if len(lanes) < 2 or self.degrees(len(lanes), options=options).batch < 2:
             return executor(model, conds, x_in, timestep, model_options)
         functions = [
@@ -291,6 +289,8 @@ class Split:
         for call in model_calls:
             if reason := calls.refusal(call.options):
                 raise Obstacle(reason)
+        if session.exchanged:
+            raise Obstacle(f"{session.exchanged} {objects.ELSEWHERE}")
         code = calls.first_patch(options)
         if code:
             session.notes.say(f"Tokens are brought to the first GPU at every call of {code}, which runs there: that takes time.")

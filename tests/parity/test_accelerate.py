@@ -108,6 +108,7 @@ def test_kernels_of_others_are_not_captured(comfy, monkeypatch, setting, previou
     patcher = SimpleNamespace(load_device=torch.device("cuda"), is_dynamic=lambda: False, model=SimpleNamespace(model_lowvram=False))
     reason = against_graphs(patcher, SimpleNamespace(setting=setting, previous=previous))
     assert bool(reason) is bool(whose) and whose in reason
+    assert "a.patch" in against_graphs(patcher, SimpleNamespace(setting="exact", previous=None), "a.patch in place of Flux.forward")
 
 
 def unsplit(monkeypatch, settings):

@@ -24,10 +24,11 @@ HOOKS = "LoRA as a conditioning hook"
 KV_CACHE = "Flux KV Cache (`FluxKVCache`)"
 TOME = "Token Merging (`TomePatchModel`)"
 TILES = "`HyperTile`"
+WRITTEN = "Packs that write into the model itself, for good (`forward` methods, hooks) or for the time of a call (TeaCache, WaveSpeed)"
 MULTIGPU = "MultiGPU CFG Split (`MultiGPU_WorkUnits`)"
 
 SHARED = (NAG, INSIDE, POST_INPUT, BETWEEN, REFINER, MULTITALK, SKIP, REPLACED, OVERRIDE, EASY, LAZY, COMPILE, SAMPLING, GUIDANCE)
-ALONE = (HOOKS, KV_CACHE, TOME, TILES, MULTIGPU)
+ALONE = (HOOKS, KV_CACHE, TOME, TILES, MULTIGPU, WRITTEN)
 
 
 def patch(name: str, *functions: Callable) -> Callable[[], Options]:
@@ -129,6 +130,7 @@ FORWARDS: dict[str, tuple[str, str, Callable[[], Options]]] = {
 
 # whole runs, in tests/patches/test_runs.py and test_alone.py
 RUNS: dict[str, str] = {
+    "written": WRITTEN,
     "nag": NAG,
     "nag, batch degree asked for": NAG,
     "nag on 3": NAG,
