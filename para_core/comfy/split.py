@@ -94,6 +94,9 @@ class Split:
             most = self.degrees(rows, options=self.session.options["transformer_options"]).world
             self.devices = self.devices[: max(most - 1, len(self.group.members))]  # those that are there stay
             self._degrees.clear()
+            if not self.devices:  # one row of a model whose blocks are not cut
+                self._estimate.close()
+                return
             self.group.expect(self.devices)
         self._compare()
 

@@ -296,13 +296,13 @@ class Group(Models):
 
     @contextmanager
     def _shared(self) -> Iterator[None]:
-        """Around what other ranks wait in: any error gives the communicator up. RuntimeErrors become RankLost, this rank's
+        """Around what other ranks wait in: any error gives the communicator up. Exceptions become RankLost, this rank's
         own too, because what failed when shared may work alone."""
         try:
             self._check()
             yield
             self._check()
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001  kernels and compiled code raise anything
             touch = self._told or str(error)  # what is told from here on comes of this rank's own failure
             deadline = time.monotonic() + (_EXPLAINED if isinstance(error, CommunicationFailed) else 0.0)
             while self.lost is None and time.monotonic() < deadline:
@@ -349,7 +349,7 @@ class Group(Models):
     def step(self, order: Mapping[str, Any]) -> Iterator[tuple[Mesh, Comm]]:
         """Send ``order`` (see ``Worker.on_step``) and yield this rank's mesh and the communicator of all its ranks.
 
-        The body is this rank's share. Its RuntimeErrors become RankLost; after any other error the group is given up too,
+        The body is this rank's share. Its exceptions become RankLost; after what is none, as a cancel, the group is given up too,
         because its ranks would wait for this one. Raises Untransportable before anything is sent.
         """
         header, tensors = encode(dict(order))

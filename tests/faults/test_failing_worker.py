@@ -147,7 +147,14 @@ def test_a_worker_lost_while_it_applies_patches_leaves_the_run_to_one_rank(group
     check_full(Prompt())
 
 
-def test_an_error_on_rank_0_is_a_loss_too_and_leaves_no_worker_waiting(group) -> None:
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory"),
+        (AssertionError("wrong number of dimensions"), "AssertionError: wrong number of dimensions"),  # compiled code's
+    ],
+)
+def test_an_error_on_rank_0_is_a_loss_too_and_leaves_no_worker_waiting(group, error, words) -> None:
     from para_core.execution.runner import Runner
 
     check_full(Prompt())
@@ -157,13 +164,13 @@ def test_an_error_on_rank_0_is_a_loss_too_and_leaves_no_worker_waiting(group) ->
     def once(self, *args, **kwargs):
         seen.append(1)
         if len(seen) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "run", once)
         outcome = run(Prompt())
-    check_alone(outcome, Prompt(), "rank 0 failed: OutOfMemoryError: CUDA out of memory;")
+    check_alone(outcome, Prompt(), f"rank 0 failed: {words};")
     check_full(Prompt())
     assert group.pids == pids
 

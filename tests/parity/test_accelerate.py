@@ -163,9 +163,9 @@ def test_no_worker_starts_for_a_run_that_no_link_would_make_faster(comfy, monkey
     assert any("on the fastest link between the GPUs a step would take" in note for note in report["notes"])
 
 
-@pytest.mark.parametrize(("there", "kept"), [(0, 1), (2, 2), (7, 7)])
-def test_no_more_workers_start_than_can_take_part_and_none_is_ended_for_that(comfy, monkeypatch, there, kept):
-    """Prompt and negative prompt of a model whose blocks are not cut, on eight cards."""
+@pytest.mark.parametrize(("there", "conditions", "kept"), [(0, 2, 1), (2, 2, 2), (7, 2, 7), (0, 1, 0)])
+def test_no_more_workers_start_than_can_take_part_and_none_is_ended_for_that(comfy, monkeypatch, there, conditions, kept):
+    """Prompt and negative prompt, or a prompt alone, of a model whose blocks are not cut, on eight cards."""
     from types import SimpleNamespace
 
     from para_core.comfy.split import Split
@@ -174,7 +174,8 @@ def test_no_more_workers_start_than_can_take_part_and_none_is_ended_for_that(com
     expected: list[str] = []
     found = object.__new__(Split)
     found.devices, found._degrees = [f"cuda:{index}" for index in range(1, 8)], {}
-    found._estimate = SimpleNamespace(active=True)
+    closed: list[bool] = []
+    found._estimate = SimpleNamespace(close=lambda: closed.append(True))
     found.group = SimpleNamespace(members=[None] * there, expect=expected.extend)
     found.session = SimpleNamespace(
         parallel=SimpleNamespace(careful=True), patcher=SimpleNamespace(load_device="cpu"), options={"transformer_options": {}}
@@ -183,8 +184,8 @@ def test_no_more_workers_start_than_can_take_part_and_none_is_ended_for_that(com
     for name, value in {"_loses": "", "_compare": None}.items():
         monkeypatch.setattr(Split, name, lambda *_args, value=value: value)
     monkeypatch.setattr(Split, "degrees", lambda self, rows, options: Degrees(batch=min(rows, 8)))
-    found._recruit((1, 4, 64, 64), {"positive": [None], "negative": [None]})
-    assert expected == found.devices and len(expected) == kept
+    found._recruit((1, 4, 64, 64), dict.fromkeys(("positive", "negative")[:conditions], [None]))
+    assert expected == found.devices and len(expected) == kept and bool(closed) is not bool(kept)
 
 
 def test_a_run_is_not_split_where_launching_takes_longer_than_computing(comfy, monkeypatch):
