@@ -26,7 +26,7 @@ from ..stopwatch import Exchanged
 from .channel import ChannelClosed
 from .codec import dtype_name, encode, pack
 from .communicator import CommunicationFailed, Communicator, Meshes
-from .link import measure
+from .link import PATIENCE, measure
 from .member import Member, RankLost, one_line
 from .models import Models
 from .patience import Patience
@@ -321,7 +321,7 @@ class Group(Models):
     def link(self) -> Link:
         """How fast this communicator's ranks talk, measured once. Raises RankLost."""
         if self._link is None:
-            with self._shared():
+            with self._shared(), self._patience.within(2 * PATIENCE):  # ranks that do not even connect: the device has nothing to do
                 assert self._comm is not None
                 for member in self._members:
                     member.tell("measure")

@@ -27,14 +27,20 @@ class Patience:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around a step. The first one of a run, in which kernels are compiled and tried, waits as long as it likes."""
-        began = self._looked = self._waiting = time.monotonic()
-        if self._longest is not None:
-            self.limit = max(self._least, self._times * self._longest)
+        began = time.monotonic()
+        with self.within(None if self._longest is None else max(self._least, self._times * self._longest)):
+            yield
+        self._longest = max(self._longest or 0.0, time.monotonic() - began)
+
+    @contextmanager
+    def within(self, limit: float | None) -> Iterator[None]:
+        """Around what waits ``limit`` seconds at a time."""
+        self.limit = limit
+        self._looked = self._waiting = time.monotonic()
         try:
             yield
         finally:
             self.limit = None
-        self._longest = max(self._longest or 0.0, time.monotonic() - began)
 
     def tried(self, members: Sequence[Member]) -> list[Member]:
         """For a rank that waits, every now and then: the members whose fault it is that nothing has happened for too long.

@@ -88,3 +88,19 @@ def test_the_first_step_of_a_run_waits_as_long_as_it_likes_and_later_ones_a_mult
             assert found.limit == limit
             clock.now += lasts
         assert found.limit is None, "between steps nothing is expected"
+
+
+def test_ranks_that_do_not_connect_are_given_up_while_the_link_is_measured(clock, monkeypatch):
+    """What NCCL does the first time that two ranks talk may hang on the processor's side, where no device is waited for."""
+
+    def measure(_comm, _device):
+        wait(group, clock, 130.0, waiting=(True, True))
+
+    group = Group(Path("none"), lambda *_: {})
+    process = SimpleNamespace(kill=lambda: None, tail=lambda _lines: "")
+    group._members = [Member(rank, "cpu", process) for rank in (1, 2)]
+    group._comm = SimpleNamespace(abort=lambda: None)
+    monkeypatch.setattr(Member, "tell", lambda *_: None)
+    monkeypatch.setattr("para_core.group.group.measure", measure)
+    with pytest.raises(RankLost, match="did not get on for 120 s"):
+        group.link()
