@@ -23,7 +23,7 @@ from ..plans.plan import Plan, attribute, patch_sides
 from ..sequence.degrees import choose
 from ..sequence.layout import balanced
 from ..sequence.mesh import Degrees, Link, replica_speeds
-from . import calls, objects, patches, sidecars
+from . import calls, files, objects, patches, sidecars
 from .calls import ModelCall
 from .estimate import Estimate
 from .lanes import separate
@@ -53,6 +53,7 @@ class Split:
         self._heads = attribute(session.model, plan.heads) if plan.stacks else 1
         self._degrees: dict[tuple[int, int | None, bool], Degrees] = {}
         self._estimate: Estimate | None = None
+        self._working = 0.0  # bytes that a step needs beside the weights
         self._rates: tuple[float, ...] = ()  # of every rank, where GPUs are of several kinds
 
     # -- joining ------------------------------------------------------------------------------------------------------
@@ -117,6 +118,7 @@ class Split:
     def _share_model(self, args: tuple) -> None:
         session = self.session
         self.group.form(session.patcher.load_device, self.devices)
+        self._working = comfy.sampler_helpers.estimate_memory(*args[:3])[0]
         if session.parallel is not None and session.parallel.careful and (reason := self._loses(args[1], self.group.link)):
             session.notes.say(reason)
             self.make_room()
@@ -124,7 +126,7 @@ class Split:
         assert session.runner is not None
         session.runner.override.ways.machine = self._machine()
         self.group.measure(session.meter.exchanged)
-        sidecars.load(session.patcher, comfy.sampler_helpers.estimate_memory(*args[:3])[0])
+        sidecars.load(session.patcher, self._working)
         self.group.begin(
             model=sidecars.model_id(session.patcher),
             attention=session.attention.backend if session.attention else None,
@@ -193,13 +195,23 @@ class Split:
         compiled = self.session.runner is not None and self.session.runner.compiled is not None
         launching = 0.0 if self.session.graph(options) else gain.COMPILED if compiled else gain.EAGER
         if gain.gain(*figures, launching=launching) > gain.WORTH:
-            return ""
+            alone = gain.seconds(work, Degrees(), rate, launching=launching)
+            if link is None or self._fetching() * gain.WORTH < alone:
+                return ""
+            return "This run is not split: a GPU has no room for the whole model, and would fetch weights for longer than a step takes."
         if (times := gain.gain(*figures)) > gain.WORTH:
             return "This run is not split: the GPUs would wait for the processor, which launches a step no faster for several of them."
         slowest = min(self._rates, default=rate)
         slow = f" with a GPU of {slowest / rate:.0%} of the first one's speed" if slowest < gain.UNEQUAL * rate else ""
         which = "this" if link is not None else "the fastest"
         return f"This run is not split:{slow} on {which} link between the GPUs a step would take {1 / times:.2g} times as long."
+
+    def _fetching(self) -> float:
+        """Seconds of every step in which a card that cannot hold the model fetches its weights; 0 where none does, or this one too."""
+        patcher, size = self.session.patcher, self.session.patcher.model_size()
+        if files.origin(patcher) is None or files.offloaded(patcher, self._working):
+            return 0.0
+        return 0.0 if self.group.fits(sidecars.model_id(patcher), size) else size / gain.FETCHED
 
     def shares(self) -> list[int] | None:
         """Percent of the tokens of its sequence that each rank had, where that went by speed; else None."""

@@ -29,6 +29,8 @@ FASTEST = Link(1e-5, 9e11)
 """No link is faster: that of NVLink 5, and the least that a collective takes."""
 FASTER = 100
 """No card is so many times as fast as another."""
+FETCHED = 1.2e10
+"""Bytes a second of weights that are fetched from the host's memory (PCIe 4.0 x16: an estimate)."""
 UNEQUAL = 0.9
 """Speed of a GPU over the fastest one's, below which shares are in proportion to speed."""
 GRAIN = 20

@@ -123,3 +123,20 @@ def test_weights_that_move_are_not_part_of_a_graph_though_rank_0_captures_its_ow
     share = {"kernels": {}, "ways": {}, "part": ((), {}), "cache": None, "patches": [], "graph": True, "whole": False}
     run.forward(share, None, None)
     assert asked["graph"] is not opened
+
+
+@pytest.mark.parametrize(("rate", "ranks"), [(1e-6, 2), (1e7, 1)], ids=["long steps", "short steps"])
+def test_a_careful_run_is_split_with_a_card_that_fetches_weights_if_its_steps_take_longer_than_that(
+    folder: Folder, monkeypatch, rate: float, ranks: int
+) -> None:
+    from para_core.comfy import split
+    from para_core.execution import gain
+
+    monkeypatch.setattr(split, "processors_of_their_own", lambda _device: True)
+    monkeypatch.setattr(gain, "matrix_rate", lambda _device, _dtype: rate)
+    monkeypatch.setattr(gain, "memory_rate", lambda _device: 1e9)
+    model = prepared(folder, PLAIN)
+    model.size = 2**60
+    result, report = run(model, JOB, Parallel(2, careful=True))
+    assert report["ranks"] == ranks and any("no room for the whole model" in note for note in report["notes"]) is (ranks == 1)
+    assert error(result, sample(model, JOB)) < 1e-5 * JOB.steps
