@@ -88,7 +88,7 @@ def compiled_gate() -> Compiled:
 
 @dataclass(frozen=True)
 class Block:
-    """The nodes of such a block: its two layers, what the first gives as it is split, the MLP's part of that, and attention."""
+    """The nodes of such a block: its first layer, what that gives as it is split, the MLP's part of that, and attention."""
 
     first: Node
     split: Node
@@ -96,7 +96,6 @@ class Block:
     gated: bool
     attention: Node
     attention_first: bool
-    second: Node
 
 
 def compute_mlp_beside_attention(graph: Graph) -> int:
@@ -106,7 +105,7 @@ def compute_mlp_beside_attention(graph: Graph) -> int:
         block = find(node)
         if block is None:
             continue
-        (x, weight, bias), (_, down, down_bias) = layer(block.first), layer(block.second)
+        (x, weight, bias), (_, down, down_bias) = layer(block.first), layer(node)
         for user in [user for user in block.split.users if user is not block.features]:
             with graph.inserting_before(block.split):
                 own = graph.call_function(F.linear, (x, *rows(graph, weight, bias, place(block.split, user))))
@@ -134,8 +133,8 @@ def find(node: Node) -> Block | None:
     if attention is None or not called(first, F.linear) or not only_use(first) or not quiet(first, node):
         return None
     tensors = [value(each) for each in (*layer(first), *joined.args[0], *layer(node)[1:]) if each is not None]
-    last = plain(*tensors) and tensors[0].ndim == 3 and join_dim(joined) == 2 and is_cut(split)
-    return Block(first, split, features, gated, attention, attention_first, node) if last else None
+    last = plain(*tensors) and join_dim(joined) == 2 and is_cut(split)
+    return Block(first, split, features, gated, attention, attention_first) if last else None
 
 
 def attended(node: Node) -> Node:
@@ -156,8 +155,7 @@ def activation(node: Node) -> tuple[bool, Node] | None:
         gate = taken_by(silu, F.silu)
         both = taken_by(gate, operator.getitem)
         whole = method_of(both, "chunk", 2)
-        halves = whole is not None and both.kwargs == {"dim": -1} and len(both.users) == 2
-        fine = halves and both is taken_by(gated, operator.getitem) and [gate.args[1], gated.args[1]] == [0, 1]
+        fine = whole is not None and both is taken_by(gated, operator.getitem) and [gate.args[1], gated.args[1]] == [0, 1]
         found = (True, whole) if fine and all(map(only_use, (silu, gate, gated))) else None
     else:
         found = None

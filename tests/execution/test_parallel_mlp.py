@@ -12,7 +12,7 @@ from unit.fake_comm import Recorder, fake_meshes, on_ranks
 from unit.shared_attention import ExactKernel
 
 from para_core.attention.exchange import Exchange, attend
-from para_core.execution import operation
+from para_core.execution import operation, parallel_mlp
 from para_core.execution.parallel_mlp import Mlp
 from para_core.sequence.layout import Joint
 from para_core.sequence.mesh import Mesh
@@ -108,11 +108,6 @@ def other_gelu(x):
     return F.gelu(x)
 
 
-def other_order(x):
-    first, second = x.chunk(2, dim=-1)
-    return F.silu(second) * first
-
-
 def three_joined(attention, features):
     one, other = features.split((8, FEATURES - 8), dim=-1)
     return torch.cat((attention, one, other), 2)
@@ -150,17 +145,67 @@ def test_what_looks_otherwise_stays(changes):
     agree(block(operation.number(attend), **changes), given(), attend, applied=0)
 
 
-def test_a_gate_the_other_way_round_stays():
+def attention_of(qkv, run):
+    q, k, v = qkv.view(*qkv.shape[:2], 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
+    return torch.ops.paradit.attention(q, k, v, None, None, run, 0, True).transpose(1, 2).flatten(2)
+
+
+def gate_the_other_way_round(run, x, w1, w2):
+    qkv, mlp = torch.split(F.linear(x, w1), [3 * WIDTH, 2 * FEATURES], dim=-1)
+    first, second = mlp.chunk(2, dim=-1)
+    return F.linear(torch.cat((attention_of(qkv, run), F.silu(second) * first), 2), w2)
+
+
+def half_of_the_gate_used_again(run, x, w1, w2):
+    qkv, mlp = torch.split(F.linear(x, w1), [3 * WIDTH, 2 * FEATURES], dim=-1)
+    first, second = mlp.chunk(2, dim=-1)
+    return F.linear(torch.cat((attention_of(qkv, run), F.silu(first) * second), 2), w2) + second[..., :WIDTH]
+
+
+def rows_split(run, x, w1, w2):
+    qkv, mlp = torch.split(F.linear(x, w1[: 3 * WIDTH]), [x.shape[1] // 2] * 2, dim=1)
+    return F.linear(torch.cat((attention_of(qkv, run), gelu(mlp)), 2), w2.repeat(1, 2)[:, : 4 * WIDTH])
+
+
+def pieces_of_one_size(run, x, w1, w2):
+    qkv, mlp = torch.split(F.linear(x, w1[: 3 * WIDTH + FEATURES]), 3 * WIDTH, dim=-1)
+    return F.linear(torch.cat((attention_of(qkv, run), gelu(mlp)), 2), w2)
+
+
+def rows_joined(run, x, w1, w2):
+    qkv, mlp = torch.split(F.linear(x, w1[: 4 * WIDTH]), [3 * WIDTH, WIDTH], dim=-1)
+    return F.linear(torch.cat((attention_of(qkv, run), gelu(mlp)), 1), w2[:, :WIDTH])
+
+
+def joined_used_again(run, x, w1, w2):
+    qkv, mlp = torch.split(F.linear(x, w1[: 3 * WIDTH + FEATURES]), [3 * WIDTH, FEATURES], dim=-1)
+    both = torch.cat((attention_of(qkv, run), gelu(mlp)), 2)
+    return F.linear(both, w2) + both[..., :WIDTH]
+
+
+def first_layer_used_again(run, x, w1, w2):
+    both = F.linear(x, w1[: 3 * WIDTH + FEATURES])
+    qkv, mlp = torch.split(both, [3 * WIDTH, FEATURES], dim=-1)
+    return F.linear(torch.cat((attention_of(qkv, run), gelu(mlp)), 2), w2) + both[..., :WIDTH]
+
+
+FORWARDS = [
+    gate_the_other_way_round,
+    half_of_the_gate_used_again,
+    rows_split,
+    pieces_of_one_size,
+    rows_joined,
+    joined_used_again,
+    first_layer_used_again,
+]
+
+
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda function: function.__name__)
+def test_what_is_no_such_block_stays(forward):
     attend = Attend()
-
-    def forward(x, w1, b1, w2, b2):
-        qkv, mlp = torch.split(F.linear(x, w1, b1), [3 * WIDTH, 2 * FEATURES], dim=-1)
-        q, k, v = qkv.view(*qkv.shape[:2], 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
-        attention = torch.ops.paradit.attention(q, k, v, None, None, run, 0, True).transpose(1, 2).flatten(2)
-        return F.linear(torch.cat((attention, other_order(mlp)), 2), w2, b2)
-
     run = operation.number(attend)
-    agree(forward, given(activation=gate), attend, applied=0)
+    x, w1, _, w2, _ = given(activation=gate, rows=8)
+    agree(lambda *tensors: forward(run, *tensors), [x, w1, w2], attend, applied=0)
 
 
 def test_what_may_have_been_written_in_between_stays():
@@ -190,6 +235,14 @@ def test_only_plain_tensors_of_one_dtype_are_cut():
     half, whole = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2)
     assert plain(half, half) and plain(whole, torch.nn.Parameter(whole))
     assert not plain(half, whole) and not plain(whole, None) and not plain(whole, whole.as_subclass(Quantised))
+
+
+def test_every_tensor_of_both_layers_must_be_plain(monkeypatch):
+    shapes, attend, tensors = [], Attend(), given()
+    monkeypatch.setattr(parallel_mlp, "plain", lambda *found: shapes.extend(tuple(tensor.shape) for tensor in found))
+    agree(block(operation.number(attend)), tensors, attend, applied=0)
+    x, w1, b1, w2, b2 = (tuple(tensor.shape) for tensor in tensors)
+    assert shapes == [x, w1, b1, (*x[:2], WIDTH), (*x[:2], FEATURES), w2, b2]
 
 
 def test_the_operation_declares_what_it_returns():
