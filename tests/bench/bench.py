@@ -64,7 +64,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="few repeats and tiny models: only shows that the command works")
     parser.add_argument("--cpu", action="store_true", help="without CUDA, where there is a card")
-    parser.add_argument("--models", help=f"for steps and peers: which, separated by commas ({MODELS})")
+    parser.add_argument("--models", help=f"for steps, peers, profile and share: which, separated by commas ({MODELS})")
     parser.add_argument("--backends", help="for steps, profile and share: attention backends (exact,auto)")
     parser.add_argument("--modes", help="for steps, cache, profile and share: how blocks run (off,compile+graph)")
     parser.add_argument("--ranks", default="2,4,8", help="for share: how many there are to be (2,4,8)")

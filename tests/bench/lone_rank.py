@@ -33,7 +33,7 @@ LINKS = {
     "messages take no time": Link(0.0, float("inf")),
     "messages as over NVLink": Link(3e-5, 2.2e11),
 }
-"""Assumed. NVLink: half the 450 GB/s each way that are nominal between two H100s."""
+"""Assumed. NVLink: about half the 450 GB/s each way that are nominal between two H100s."""
 
 
 def measure(record: Record, name: str, options: Namespace) -> None:

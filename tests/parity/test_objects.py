@@ -10,7 +10,8 @@ import pytest
 import torch
 from parity.inprocess import Job, attached, changed, error, footprint, load, run, sample
 
-from para_core.settings import Attention, Cache, Parallel
+from para_core.execution import runner
+from para_core.settings import Attention, Cache, Compile, Parallel
 
 pytestmark = pytest.mark.usefixtures("comfy")
 TOLERANCE = 1e-5  # relative, per forward, float32
@@ -82,13 +83,16 @@ def with_method(name: str) -> tuple[Any, list[int]]:
     return model, calls
 
 
-@pytest.mark.parametrize("index", [0, 1, 3])
-def test_blocks_whose_method_a_node_has_replaced_are_not_cached_and_a_sentence_says_so(index: int) -> None:
+@pytest.mark.parametrize(("index", "setting"), [(0, Cache(1e9)), (1, Cache(1e9)), (3, Cache(1e9)), (1, Compile("compile"))])
+def test_blocks_whose_method_a_node_has_replaced_are_not_cached_or_compiled_and_a_sentence_says_so(
+    index: int, setting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "CompiledBlocks", None)
     name = f"diffusion_model.single_blocks.{index}.forward"
     expected = sample(load("flux_small"), JOB)
     model, calls = with_method(name)
     for turn in range(2):
-        result, report = run(model, JOB, Cache(1e9))
+        result, report = run(model, JOB, setting)
         assert torch.equal(result, expected) and len(calls) == (turn + 1) * 2 * JOB.steps
         assert len(report["notes"]) == 1 and name in report["notes"][0] and report["cached"] == 0
     _, report = run(load("flux_small"), JOB, Cache(1e9))
