@@ -82,6 +82,21 @@ def test_a_sampler_that_writes_all_levels_into_one_tensor_is_cached_like_others(
     assert report["cached"] >= 2 and torch.equal(result, expected)
 
 
+def test_a_sampler_that_evaluates_twice_at_one_level_asks_for_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy.k_diffusion import sampling
+
+    def twice(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict, **_: Any) -> torch.Tensor:
+        for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+            for _ in range(2):
+                denoised = model(x, sigma * x.new_ones(len(x)), **extra_args)
+            x = x + (x - denoised) / sigma * (after - sigma)
+        return x
+
+    monkeypatch.setattr(sampling, "sample_euler", twice)
+    _, report = run(load("flux_small"), SMALL, Cache(1e-9))
+    assert [None in changes for _, changes, _ in report["changes"]] == [True, *[False] * (2 * SMALL.steps - 1)]
+
+
 class Regional(Job):
     """The prompt has an area of its own beside the whole picture."""
 
@@ -91,13 +106,16 @@ class Regional(Job):
         return whole if seed == 12 else [*whole, *super().conditioning(seed + 1, tokens, **extra, **area)]
 
 
+@pytest.mark.parametrize("tokens, forwards", [((11, 7), 4), ((11, 11), 2)], ids=["apart", "in one call"])
 @pytest.mark.parametrize("ranks, threshold", [(1, 1e-9), (1, 1e9), (2, 1e-9)])
-def test_an_area_and_the_negative_prompt_s_copy_of_it_are_not_taken_for_each_other(ranks: int, threshold: float) -> None:
-    """Texts of unequal lengths: ComfyUI computes both by themselves, under one uuid."""
-    job = Regional("flux_small", (8, 12), cfg=5.0, tokens=(11, 7), steps=4)
+def test_an_area_and_the_negative_prompt_s_copy_of_it_are_not_taken_for_each_other(
+    ranks: int, threshold: float, tokens: tuple[int, int], forwards: int
+) -> None:
+    """ComfyUI computes both under one uuid: texts of unequal lengths by themselves, others together."""
+    job = Regional("flux_small", (8, 12), cfg=5.0, tokens=tokens, steps=4)
     result, report = run(load("flux_small"), job, Cache(threshold), Parallel(ranks))
     if threshold < 1:
         assert error(result, sample(load("flux_small"), job)) < TOLERANCE * report["forwards"]
-    assert report["forwards"] == 4 * job.steps or ranks > 1
+    assert report["forwards"] == forwards * job.steps or ranks > 1
     unknown = [changes for _, changes, _ in report["changes"] if None in changes]
     assert sum(map(len, unknown)) == 4, "after the first step each of the four is compared with itself"
