@@ -118,10 +118,8 @@ class Lanes:
 def separate(conds: list, x_in: torch.Tensor, timestep: torch.Tensor) -> list[list[int]]:
     """Indices of the conditions that run now, grouped by what ComfyUI would put into one batch.
 
-    No groups where one of them is a default, which runs where the others of its index leave room.
+    A default counts, too: whether it runs depends on the others of its index alone, which are in its group.
     """
-    if any("default" in entry for entries in conds for entry in entries or ()):
-        return []
     groups: list[tuple[list[int], list]] = []
     for index, entries in enumerate(conds):
         active = [comfy.samplers.get_area_and_mult(entry, x_in, timestep) for entry in entries or ()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,20 +56,32 @@ def test_a_guider_that_keeps_a_schedule_in_place_of_one_cfg_is_split_like_others
     split_like_stock(guider)
 
 
+LATE = {"start_percent": 0.9, "end_percent": 1.0}
+LEFT = {"area": (8, 6, 0, 0), "strength": 1.0}
+
+
+@pytest.mark.parametrize("other, forwards", [(LATE, 6), (LEFT, 12)], ids=["alone", "beside an area"])
 @pytest.mark.parametrize("ranks", [2])
-def test_a_prompt_that_holds_where_no_other_does_is_computed_beside_lanes(ranks: int) -> None:
-    """Core's node Cond Set Default Combine, in a guider of three prompts: nothing but the default one is left of the first."""
+def test_a_prompt_that_holds_where_no_other_does_is_computed_in_a_lane(ranks: int, other: dict[str, Any], forwards: int) -> None:
+    """Core's node Cond Set Default Combine, in a guider of three prompts; ComfyUI copies an area of one to the others."""
     from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 
     def guider(model: Any) -> Any:
         made = Guider_DualCFG(model)
-        late = JOB.conditioning(14, 9, start_percent=0.9, end_percent=1.0)
-        made.set_conds([*late, *JOB.conditioning(11, 11, default=True)], JOB.conditioning(12, 7), JOB.conditioning(13, 5))
+        first = [*JOB.conditioning(14, 9, **other), *JOB.conditioning(11, 11, default=True)]
+        made.set_conds(first, JOB.conditioning(12, 7), JOB.conditioning(13, 5))
         made.set_cfg(3.0, 2.0)
         return made
 
     report = split_like_stock(guider)
-    assert report["forwards"] == 6
+    assert report["forwards"] == forwards and report["degrees"] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("cfg, expected", [(1.0, False), (3.0, True), ([3.0, 1.0], True), (None, True)])
+def test_a_guider_is_taken_to_have_a_negative_prompt_unless_its_cfg_is_1(cfg: Any, expected: bool) -> None:
+    from para_core.comfy.session import guided
+
+    assert guided(SimpleNamespace(cfg=cfg)) is expected and not guided(SimpleNamespace())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ranks", [2])
