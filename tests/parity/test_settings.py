@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from parity import inprocess
 
@@ -74,6 +76,25 @@ def test_splitting_without_torch_distributed_is_left_out_and_said(comfy, monkeyp
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
     assert sidecars.devices(Parallel(2), torch.device("cpu"), heard.append) == []
     assert heard == ["Splitting needs torch.distributed, which this PyTorch was built without: this run stays on one GPU."]
+
+
+def test_workers_that_do_not_start_ahead_of_a_run_do_not_end_the_prompt(comfy, monkeypatch, caplog):
+    from types import SimpleNamespace
+
+    import torch
+
+    from para_core.comfy import sidecars
+    from para_core.group.group import Group
+    from para_core.settings import Parallel
+
+    def start() -> SimpleNamespace:
+        raise OSError(12, "Cannot allocate memory")
+
+    group = Group(Path("none"), lambda *_: {})
+    monkeypatch.setattr(group._pool, "start", start)
+    monkeypatch.setattr(sidecars, "group", lambda: group)
+    sidecars.warm(Parallel(2), torch.device("cpu"))
+    assert "Cannot allocate memory" in caplog.text
 
 
 @pytest.mark.parametrize(("device", "hip", "named"), [("cuda:0", "7.0", "an AMD GPU"), ("mps", None, "mps")])

@@ -40,7 +40,11 @@ def test_workers_that_do_not_start_are_met_again_by_the_run_and_those_that_did_a
     assert [member.process for member in group.members] == started, "the next attempt goes on with it"
     with pytest.raises(GroupError, match="Cannot allocate memory"):
         group.form(torch.device("cpu"), ["cpu", "cpu"])
+    caplog.clear()
+    started[0].alive = lambda: False
+    monkeypatch.setattr(group._pool, "end", lambda process: None)
     group.end()  # after a loss it starts workers for the next run
+    assert "Cannot allocate memory" in caplog.text
 
 
 def test_a_worker_that_was_to_be_another_rank_is_not_taken_for_the_one_that_did_not_start(monkeypatch):
