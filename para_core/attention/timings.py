@@ -48,6 +48,11 @@ def kind(request: Request) -> str:
     return ", ".join(words)
 
 
+def _apart(name: str) -> str:
+    """The name of a kind of call without its heads."""
+    return re.sub(r"heads \d+", "", name)
+
+
 def environment(device: torch.device) -> str:
     """What a timing depends on beside the kind of call: the GPU, its driver, and the packages that bring kernels."""
     words = [torch.cuda.get_device_name(device), f"torch {torch.__version__}", f"cuDNN {torch.backends.cudnn.version()}"]
@@ -74,12 +79,15 @@ class Timings:
     _environment: str = ""
 
     def ranked(self, request: Request) -> tuple[str, ...] | None:
-        """Backends for such a call, fastest first; None, and noted for ``measure``, where it has not been timed."""
+        """Backends for such a call, fastest first; noted for ``measure`` where it has not been timed, and None unless it has been for
+        another number of heads: ranks that have one head less than the first are never timed themselves."""
         if request.device_type not in ("cuda", "hip"):
             return None
         known = self.table.get(kind(request))
         if known is None:
             self.pending.setdefault(kind(request), request)
+            known = next((times for name, times in self.table.items() if times and _apart(name) == _apart(kind(request))), None)
+        if known is None:
             return None
         exact = {backend.name: backend.exact for backend in self.backends}
         return tuple(sorted(known, key=lambda name: known[name] * (1.0 if exact.get(name, True) else MARGIN)))

@@ -17,6 +17,7 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..group.group import Group
 from ..group.member import Held
+from ..group.worker import ROOM
 from ..settings import Parallel
 from . import files, flags
 from . import model as models
@@ -138,11 +139,17 @@ def load(patcher: comfy.model_patcher.ModelPatcher, working: float = 0) -> None:
     for member in group().members:
         _stand_in(member.device)
     how, origin = models.options(patcher), files.origin(patcher)
-    if origin is not None and (files.offloaded(patcher, working) or not group().fits(number, patcher.model_size())):
+    if origin is not None and (files.offloaded(patcher, working) or not fit(patcher, working)):
         state = f"{target.state} {working}"  # with other needs it is loaded anew
         group().open(number, origin, Held(state, target.changed, opened=True), files.patches(patcher), {**how, "working": working})
     else:
         group().load(number, recipe, target, lambda layers: models.units(patcher, layers), how)
+
+
+def fit(patcher: comfy.model_patcher.ModelPatcher, working: float) -> bool:
+    """Whether every other card has room for the model of ``patcher`` and ``working`` bytes to compute in. Raises RankLost."""
+    size = patcher.model_size()
+    return group().fits(model_id(patcher), max(size, int((size + working) / ROOM)))
 
 
 class Sidecars(torch.nn.Module):

@@ -208,10 +208,10 @@ class Split:
 
     def _fetching(self) -> float:
         """Seconds of every step in which a card that cannot hold the model fetches its weights; 0 where none does, or this one too."""
-        patcher, size = self.session.patcher, self.session.patcher.model_size()
-        if files.origin(patcher) is None or files.offloaded(patcher, self._working):
+        patcher = self.session.patcher
+        if files.origin(patcher) is None or files.offloaded(patcher, self._working) or sidecars.fit(patcher, self._working):
             return 0.0
-        return 0.0 if self.group.fits(sidecars.model_id(patcher), size) else size / gain.FETCHED
+        return patcher.model_size() / gain.FETCHED
 
     def shares(self) -> list[int] | None:
         """Percent of the tokens of its sequence that each rank had, where that went by speed; else None."""

@@ -217,3 +217,13 @@ def test_another_rank_learns_the_times_and_measures_nothing():
     assert choice._decide(CALL).candidates[0].name == "cudnn"
     choice.learn({kind(CALL): {"flash": 1.0, "cudnn": 2.0}})
     assert choice._decide(CALL).candidates[0].name == "flash" and clock.calls == []
+
+
+def test_a_rank_with_fewer_heads_than_the_one_that_timed_takes_the_same_kernel():
+    """30 heads on four ranks: the first has 8, the last 7."""
+    made, _ = table("a", "b", a=1.0, b=1.0)
+    first = replace(CALL, heads=8, kv_heads=8)
+    made.table = {kind(replace(first, head_dim=64)): {"a": 1.0, "b": 2.0}, kind(first): {"b": 1.0, "a": 2.0}}
+    fewer = replace(CALL, heads=7, kv_heads=7)
+    assert made.ranked(fewer) == ("b", "a") and list(made.pending) == [kind(fewer)], "and it is timed where times are taken"
+    assert made.ranked(replace(fewer, kv_len=9000)) is None
