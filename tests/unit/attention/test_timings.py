@@ -158,7 +158,7 @@ def test_the_kernels_of_a_kind_take_turns_and_are_timed_in_well_under_a_second(s
     assert clock.now < 600
     turns = clock.calls[3:]
     assert all(set(turns[at : at + 3]) == {"a", "b", "c"} for at in range(0, len(turns), 3))
-    assert {turns[at] for at in range(0, len(turns), 3)} == {"a", "c"}, "who goes first changes"
+    assert len({turns[at] for at in range(0, len(turns), 3)}) > 1, "who goes first changes"
 
 
 def test_times_are_remembered_by_gpu_and_versions(tmp_path, monkeypatch):
