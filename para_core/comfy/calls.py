@@ -66,16 +66,20 @@ def without(call: tuple[tuple, dict[str, Any]], parameters: list[str], paths: It
 class ModelCall:
     """A call read by name. ``chunks``: conditions in it, each ``rows // chunks`` batch rows; ``latents``: one, or several.
 
+    Wrappers of other nodes may leave rows out, or add some: what is no multiple of the conditions is taken for one.
+    ``hooked``: strengths that conditioning hooks have for this call.
+
     What is read more than once a step is read from the call once: a noise level asked for behind a forward waits for all of it.
     """
 
-    def __init__(self, call: Call, parameters: list[str]):
-        self.call, self.parameters = call, parameters
+    def __init__(self, call: Call, parameters: list[str], hooked: tuple[float, ...] = ()):
+        self.call, self.parameters, self.hooked = call, parameters, hooked
         self.arguments = Arguments(parameters, call.args, call.kwargs)
         self.latents = tensors(call.args[0])
         self.rows = self.latents[0].shape[0]
         self.options: dict[str, Any] = self.arguments.get("transformer_options") or {}
-        self.chunks = max(1, len(self.options.get("cond_or_uncond", ())))
+        chunks = max(1, len(self.options.get("cond_or_uncond", ())))
+        self.chunks = chunks if self.rows % chunks == 0 else 1
         self.before: Mapping[Hashable, int] = {}  # how often earlier calls of the same evaluation had a condition
 
     @cached_property
@@ -83,11 +87,11 @@ class ModelCall:
         """Each condition's uuid, or its place where a caller sets none.
 
         Guidance that runs a condition again with blocks patched (skipped, perturbed) asks for another result, so the patches
-        count too, and so does the context window.
+        count too, and so do the context window and a LoRA whose strength follows a schedule.
         """
         uuids = self.options.get("uuids")
         found: list[Hashable] = list(uuids) if uuids is not None and len(uuids) == self.chunks else list(range(self.chunks))
-        other = (*patches(self.options), *windows.frames(self.options))
+        other = (*patches(self.options), *windows.frames(self.options), *self.hooked)
         return [(key, other) for key in found] if other else found
 
     @cached_property
@@ -227,6 +231,12 @@ def uncached(options: dict[str, Any]) -> str:
         if module(function) in REFUSED or name not in BEFORE and module(function) not in CACHED:
             return title(function)
     return ""
+
+
+def hooked(patcher: ModelPatcher) -> tuple[float, ...]:
+    """The strengths at this step of what conditioning hooks have done to the model for the condition that runs."""
+    hooks = patcher.model.current_patcher.current_hooks
+    return tuple(hook.strength for hook in hooks.hooks) if hooks is not None else ()
 
 
 def wrapped(model_options: dict[str, Any]) -> bool:

@@ -46,6 +46,9 @@ KEY = "paradit"
 
 def sample(executor, *args, **kwargs):
     """OUTER_SAMPLE wrapper of every model that carries our settings."""
+    if comfy.model_management.in_training:  # needs gradients, and every step
+        Notes().say("ParaDiT's nodes do nothing here, because this run trains: they are for sampling.")
+        return executor(*args, **kwargs)
     session = Session(executor.class_obj, steps=len(args[3]) - 1 if len(args) > 3 else 0)
     try:
         session.open()
@@ -302,7 +305,8 @@ class Session:
 
     def step(self, together: list[Call]) -> list[Any]:
         """Results of model calls that stock code makes one after the other and that may be computed at once."""
-        model_calls = [ModelCall(call, self.names) for call in together]
+        strengths = calls.hooked(self.patcher)
+        model_calls = [ModelCall(call, self.names, strengths) for call in together]
         if self.runner is not None:
             self.exchanged = objects.exchanged(self.model, self.runner.hooks.stacks + self.runner.hooks.sides)
         if self.decisions is not None:

@@ -119,3 +119,51 @@ def test_an_area_and_the_negative_prompt_s_copy_of_it_are_not_taken_for_each_oth
     assert report["forwards"] == forwards * job.steps or ranks > 1
     unknown = [changes for _, changes, _ in report["changes"] if None in changes]
     assert sum(map(len, unknown)) == 4, "after the first step each of the four is compared with itself"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_that_are_no_multiple_of_the_conditions_are_skipped_and_computed_together(rule: str) -> None:
+    """A wrapper that leaves the negative prompt out from the fourth step on: three rows, said to be of two conditions."""
+
+    def without_negative(model: Any) -> Any:
+        calls = 0
+
+        def wrapper(apply: Any, args: dict[str, Any]) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls < 4:
+                return apply(args["input"], args["timestep"], **args["c"])
+            half = {name: value[:3] if isinstance(value, torch.Tensor) else value for name, value in args["c"].items()}
+            result = apply(args["input"][:3], args["timestep"][:3], **half)
+            return torch.cat([result, result])
+
+        model = model.clone()
+        model.set_model_unet_function_wrapper(wrapper)
+        return model
+
+    job = SMALL.but(batch=3, cfg=3.0)
+    expected = sample(without_negative(load("flux_small")), job)
+    result, report = run(without_negative(load("flux_small")), job, RULES[rule])
+    assert report["cached"] >= 1 and error(result, expected) < 0.05
+    assert [len(changes) for _, changes, _ in report["changes"]] == [2] * 3 + [1] * 7
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_scheduled_lora_is_seen_where_it_sets_in(rule: str) -> None:
+    """As nodes that hang a LoRA with keyframes on a prompt do."""
+    import comfy.hooks
+    import comfy.utils
+    from env.prepare import Environment
+    from parity.inprocess import LORAS
+
+    file = Environment.locate().models / "loras" / LORAS["flux"]
+    hooks = comfy.hooks.create_hook_lora(comfy.utils.load_torch_file(str(file), safe_load=True), strength_model=1.0, strength_clip=0.0)
+    schedule = comfy.hooks.HookKeyframeGroup()
+    for strength, start in ((0.0, 0.0), (1.0, 0.5)):
+        schedule.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+    hooks.set_keyframes_on_hooks(schedule)
+    job = Job("flux", (8, 12), steps=12)
+    _, report = run(load("flux"), job, Cache(1e9, rule=rule), extra={"hooks": hooks})
+    cold = [index for index, (_, changes, _) in enumerate(report["changes"]) if None in changes]
+    first = 1 if rule == "classic" else 3  # steps that must be computed before one can be skipped
+    assert len(cold) == 2 * first and cold[0] == 0 and cold[first] > first and report["cached"] == job.steps - 2 * first

@@ -10,7 +10,7 @@ import torch
 from parity import inprocess
 from parity.inprocess import Job, error, load, noise
 
-from para_core.settings import Cache, Parallel
+from para_core.settings import Attention, Cache, Parallel
 
 pytestmark = pytest.mark.usefixtures("comfy")
 TOLERANCE = 1e-5  # relative, per forward, float32
@@ -95,3 +95,19 @@ def test_three_prompts_of_a_guider_run_in_lanes(ranks: int) -> None:
         return made
 
     assert split_like_stock(guider, Cache(1e-9))["degrees"] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("settings", [(Cache(1e9),), (Cache(1e9, rule="forecast"),), (Attention("pytorch"), Parallel(2))])
+@pytest.mark.parametrize("ranks", [2])
+def test_a_run_that_trains_is_left_alone(
+    settings: tuple, ranks: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI's training node samples with the model that it is given, in its own way."""
+    import comfy.model_management
+
+    job = JOB.but(steps=6)
+    monkeypatch.setattr(comfy.model_management, "in_training", True)
+    expected = inprocess.sample(load("flux_small"), job)
+    with inprocess.reports() as lines:
+        assert torch.equal(inprocess.sample(inprocess.attached(load("flux_small"), *settings), job), expected)
+    assert not lines and caplog.text.count("this run trains") == 1
