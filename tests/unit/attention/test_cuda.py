@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from unit.packed import packs_like_copies
 
 from para_core.attention.backends import BACKENDS, pytorch
 from para_core.attention.choice import Chooser, request_of
@@ -123,38 +124,5 @@ def test_a_graph_holds_a_kernel_or_the_chooser_refuses_to_capture_it(backend):
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("shape", [(1, 12, 12, 37, 64), (2, 12, 12, 5, 128), (1, 24, 12, 9, 80), (3, 48, 48, 2, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_messages_are_packed_and_unpacked_as_by_plain_copies(shape, ranks, dtype, monkeypatch):
-    from unit.fake_comm import fake_comms, on_ranks
-
-    from para_core.attention import packing, ulysses
-    from para_core.attention.message import ROWS
-    from para_core.attention.traffic import Traffic
-    from para_core.sequence.layout import balanced
-
-    batch, heads, kv_heads, most, dim = shape
-    rows, split = balanced(ranks * most - 1, ranks), ulysses.split_heads(heads, kv_heads, ranks)
-    generator = torch.Generator("cuda").manual_seed(0)
-    joined = [
-        torch.randn(batch, own, heads + 2 * kv_heads, dim, device="cuda", generator=generator).to(dtype).transpose(1, 2) for own in rows
-    ]
-    tensors = [each.split((heads, kv_heads, kv_heads), dim=1) for each in joined]
-
-    def trade(comms, rank):
-        q, k, v = tensors[rank]
-        own = ulysses.Trade(ROWS, rank, batch, dim, tuple(rows), tuple(rows), split)
-        q_all, k_all, v_all = ulysses.scatter(comms[rank], own, q, k, v, Traffic())()
-        whole = q.new_empty(batch, rows[rank], heads, dim)
-        ulysses.gather(comms[rank], own, q_all, whole, Traffic())()
-        return [q_all.clone(), k_all.clone(), v_all.clone(), whole]
-
-    results = []
-    for usable in (True, False):
-        if not usable:
-            monkeypatch.setattr(packing, "possible", lambda *_: False)
-        else:
-            assert packing.possible(*tensors[0])
-        comms = fake_comms(ranks)
-        results.append(on_ranks(ranks, lambda rank, comms=comms: trade(comms, rank), comms))
-    for packed, plain, (q, _, _) in zip(*results, tensors, strict=True):
-        assert all(torch.equal(*pair) for pair in zip(packed, plain, strict=True))
-        assert torch.equal(packed[3], q.transpose(1, 2)), "what comes back is what was sent"
+def test_messages_are_packed_and_unpacked_as_by_plain_copies(shape, ranks, dtype):
+    packs_like_copies(shape, ranks, device="cuda", dtype=dtype)
