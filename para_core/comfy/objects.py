@@ -62,7 +62,7 @@ def foreign(model: torch.nn.Module) -> str:
     return ""
 
 
-def exchanged(model: torch.nn.Module, stacks: Iterable[tuple[Blocks, list]]) -> str:
+def swapped(model: torch.nn.Module, stacks: Iterable[tuple[Blocks, list]]) -> str:
     """The same for what is put there for the time of a call: methods of ``model`` and of its blocks, and lists of blocks."""
     if found := replaced(model):
         return found

@@ -86,7 +86,7 @@ class Session:
         self.forecaster: Forecaster | None = None
         self.chooser: Chooser | None = None
         self.foreign = ""  # another node's attention override, which shared forwards use
-        self.exchanged = ""  # what other code has put into the model for this step
+        self.swapped = ""  # what other code has put into the model for this step
         self.steps, self.forwards = steps, 0
         self.meter = Meter(self.patcher.load_device)
         self.latents: reports.Mark | None = None
@@ -213,7 +213,7 @@ class Session:
         if not self.compiling.graph or self.runner is None:
             return False
         assert self.chooser is not None
-        if reason := compiling.against_graphs(self.patcher, self.chooser, self.exchanged or self.written):
+        if reason := compiling.against_graphs(self.patcher, self.chooser, self.swapped or self.written):
             self.notes.say(reason)
             return False
         return not calls.first_patch(options)
@@ -308,7 +308,7 @@ class Session:
         strengths = calls.hooked(self.patcher)
         model_calls = [ModelCall(call, self.names, strengths) for call in together]
         if self.runner is not None:
-            self.exchanged = objects.exchanged(self.model, self.runner.hooks.stacks + self.runner.hooks.sides)
+            self.swapped = objects.swapped(self.model, self.runner.hooks.stacks + self.runner.hooks.sides)
         if self.decisions is not None:
             self.evaluation.count(model_calls)
         records = self.decisions.records if self.decisions is not None else []
@@ -398,7 +398,7 @@ class Session:
     def follows(self, options: dict[str, Any]) -> bool:
         """Whether calls with these options go through the cache; what stands against it is said."""
         cached = self.runner is not None and self.runner.cache is not None
-        code = (calls.uncached(options) or self.exchanged) if cached else ""
+        code = (calls.uncached(options) or self.swapped) if cached else ""
         if code:
             self.notes.say(f"First Block Cache does not skip anything with {code}: its first block does not show what that changes.")
         return cached and not code

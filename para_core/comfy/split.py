@@ -304,8 +304,8 @@ class Split:
         for call in model_calls:
             if reason := calls.refusal(call.options):
                 raise Obstacle(reason)
-        if session.exchanged:
-            raise Obstacle(f"{session.exchanged} {objects.ELSEWHERE}")
+        if session.swapped:
+            raise Obstacle(f"{session.swapped} {objects.ELSEWHERE}")
         code = calls.first_patch(options)
         if code:
             session.notes.say(f"Tokens are brought to the first GPU at every call of {code}, which runs there: that takes time.")
