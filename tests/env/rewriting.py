@@ -39,12 +39,11 @@ class ForRanks:
     """``torch.compile``'s backend for blocks that ranks share: rewrites graphs as for them, and then only traces."""
 
     def __init__(self) -> None:
-        self.graphs = self.applied = 0
+        self.applied = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         from para_core.execution.parallel_mlp import compute_mlp_beside_attention
 
-        self.graphs += 1
         self.applied += compute_mlp_beside_attention(graph.graph)
         graph.graph.lint()
         graph.recompile()
