@@ -80,6 +80,9 @@ class CompiledBlocks:
                     self.failure = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                     self._say(f"Blocks run as they are, because {type(block).__name__} could not be compiled: {self.failure}")
                     log.info("what the compiler said: %s", error)
+                except torch._dynamo.exc.FailOnRecompileLimitHit:
+                    self.failure = "torch keeps no more versions of it; when ComfyUI is started again there is room for others"
+                    self._say(f"Blocks run as they are, because {type(block).__name__} could not be compiled: {self.failure}.")
             return type(block).forward(block, *args, **kwargs)
 
         return forward

@@ -185,6 +185,20 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_that_is_said_once(tin
         found.remove()
 
 
+def test_more_kinds_of_input_than_torch_compiles_for_run_as_they_are_and_that_is_said(tiny):
+    make, call = tiny
+    model, extra = make("wan")
+    with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=1):
+        found = runner("wan", model)
+        run(found, model, call("wan"), extra)
+        assert not said
+        other = call("wan", height=12, text=5)
+        assert torch.equal(run(found, model, other, extra), model(*other, transformer_options={}))
+        (sentence,) = said
+        assert "no more versions" in sentence and "started again" in sentence
+        found.remove()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flux", "wan"])
 def test_compiled_blocks_on_two_ranks_equal_stock(comfy, kind, monkeypatch):
