@@ -149,7 +149,8 @@ def load(patcher: comfy.model_patcher.ModelPatcher, working: float = 0) -> None:
 def fit(patcher: comfy.model_patcher.ModelPatcher, working: float) -> bool:
     """Whether every other card has room for the model of ``patcher`` and ``working`` bytes to compute in. Raises RankLost."""
     size = patcher.model_size()
-    return group().fits(model_id(patcher), max(size, int((size + working) / ROOM)))
+    needed = max(size, min((size + working) / ROOM, sys.maxsize))  # an estimate may be infinite
+    return group().fits(model_id(patcher), int(needed))
 
 
 class Sidecars(torch.nn.Module):
