@@ -167,3 +167,13 @@ def test_wrappers_of_a_call_are_left_before_they_are_entered_again(place: str, r
     expected = sample(model, JOB)
     result, report = run(attached(model), JOB, CUTS["prompts"])
     assert error(result, expected) < TOLERANCE * report["forwards"] and most == 1
+
+
+@pytest.mark.slow
+def test_nothing_of_comfyui_itself_is_taken_for_another_pack() -> None:
+    from families.cases import CASES, UNCUT
+
+    from para_core.comfy import objects
+
+    found = {name: objects.foreign(make()[0]) for name, make in {**CASES, **UNCUT}.items()}
+    assert not {name: what for name, what in found.items() if what}
