@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def sample(executor, *args, **kwargs):
     if comfy.model_management.in_training:  # needs gradients, and every step
         Notes().say("ParaDiT's nodes do nothing here, because this run trains: they are for sampling.")
         return executor(*args, **kwargs)
-    session = Session(executor.class_obj, steps=len(args[3]) - 1 if len(args) > 3 else 0)
+    session = Session(executor.class_obj, steps=len(args[3]) - 1 if len(args) > 3 else 0, shapes=kwargs.get("latent_shapes"))
     try:
         session.open()
         result = executor(*session.listening(args), **kwargs)
@@ -62,7 +62,7 @@ def sample(executor, *args, **kwargs):
 class Session:
     """The state of one run on rank 0: settings, hooks, decisions of the cache, the split, and what to report."""
 
-    def __init__(self, guider: comfy.samplers.CFGGuider, *, steps: int):
+    def __init__(self, guider: comfy.samplers.CFGGuider, *, steps: int, shapes: Sequence[Sequence[int]] | None = None):
         self.guider, self.patcher = guider, guider.model_patcher
         self.options: dict[str, Any] = guider.model_options
         self.notes = Notes()
@@ -88,6 +88,7 @@ class Session:
         self.foreign = ""  # another node's attention override, which shared forwards use
         self.swapped = ""  # what other code has put into the model for this step
         self.steps, self.forwards = steps, 0
+        self.shapes = shapes  # of the latents, which are one long row where there are several
         self.meter = Meter(self.patcher.load_device)
         self.latents: reports.Mark | None = None
         self._undo: list = []

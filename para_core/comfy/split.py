@@ -184,7 +184,7 @@ class Split:
             return f"This run is not split: the first GPU would compute attention for all, by {self.session.foreign}."
         options = self.session.options["transformer_options"]
         rows = shape[0] * (2 if self.session.guided else 1)
-        tokens = image_tokens(self.plan, model, shape[2:])
+        tokens = image_tokens(self.plan, model, (self.session.shapes or [shape])[0][2:])
         dtype = self.session.patcher.model.get_dtype_inference()
         rate = gain.matrix_rate(device, dtype)
         work, degrees = gain.work_of(self.plan, model, rows, tokens), self.degrees(rows, tokens, options=options)

@@ -38,6 +38,25 @@ def sample(
     return list(result.unbind()) if result.is_nested else [result]
 
 
+def test_a_forecast_counts_the_tokens_of_the_video_where_there_is_sound_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI samples several latents as one long row."""
+    from para_core.comfy import split
+    from para_core.execution import gain
+
+    counted: list[int] = []
+    tokens = split.image_tokens
+
+    def enough(*_args: Any) -> float:
+        raise split.Unshareable("the test has seen enough")
+
+    monkeypatch.setattr(split, "processors_of_their_own", lambda _device: True)
+    monkeypatch.setattr(split, "image_tokens", lambda *args: counted.append(tokens(*args)) or counted[-1])
+    monkeypatch.setattr(gain, "matrix_rate", enough)
+    model, call = patcher("ltx 2")
+    sample(attached(model, Parallel(2, careful=True)), "ltx 2", call, 3.0)
+    assert counted[-1] == call["x"][0][0, 0].numel()
+
+
 SPLITS = {"sequence": Parallel(2, batch_degree=1), "batch": Parallel(2, batch_degree=2)}
 QUICK = [("mochi", "sequence"), ("minimax", "batch")]
 RUNS = [
