@@ -26,7 +26,7 @@ from ..stopwatch import Exchanged
 from .channel import ChannelClosed
 from .codec import dtype_name, encode, pack
 from .communicator import CommunicationFailed, Communicator, Meshes
-from .link import PATIENCE, measure
+from .link import PATIENCE, REMEDY, measure
 from .member import Member, RankLost, one_line
 from .models import Models
 from .patience import Patience
@@ -78,6 +78,7 @@ class Group(Models):
         self._comm: Communicator | None = None
         self._meshes: Meshes | None = None
         self._link: Link | None = None
+        self._silent: dict[tuple[str, ...], str] = {}  # workers' devices whose messages did not arrive, and what was said of it
         self._epochs = itertools.count(1)
         self._epoch = 0
         self._running = False
@@ -126,7 +127,8 @@ class Group(Models):
     def expect(self, devices: Sequence[str]) -> None:
         """``warm`` ahead of a run: what stands against it is said by the run's ``form``, should it be so still."""
         try:
-            self.warm(devices)
+            if tuple(devices) not in self._silent:
+                self.warm(devices)
         except (RuntimeError, OSError) as error:
             log.warning("workers did not start: %s", one_line(error))
 
@@ -137,8 +139,11 @@ class Group(Models):
     def form(self, device: torch.device, devices: Sequence[str]) -> None:
         """A run starts: have a worker on each of ``devices``, joined to one communicator with this rank on ``device``.
 
-        What does not join is replaced, once. Raises GroupError if that does not help.
+        What does not join is replaced, once. Raises GroupError if that does not help, and where messages did not arrive before:
+        finding that out takes minutes, and what helps is for the next start of ComfyUI.
         """
+        if said := self._silent.get(tuple(devices)):
+            raise GroupError(f"{said} (found out in an earlier run, tried again when ComfyUI has been restarted)")
         with self._lock:
             if device != self._device:
                 self._leave()
@@ -321,11 +326,16 @@ class Group(Models):
     def link(self) -> Link:
         """How fast this communicator's ranks talk, measured once. Raises RankLost."""
         if self._link is None:
-            with self._shared(), self._patience.within(2 * PATIENCE):  # ranks that do not even connect: the device has nothing to do
-                assert self._comm is not None
-                for member in self._members:
-                    member.tell("measure")
-                self._link = measure(self._comm, self._device)
+            try:
+                with self._shared(), self._patience.within(2 * PATIENCE):  # ranks that do not even connect: the device has nothing to do
+                    assert self._comm is not None
+                    for member in self._members:
+                        member.tell("measure")
+                    self._link = measure(self._comm, self._device)
+            except RankLost as lost:
+                if REMEDY in str(lost):
+                    self._silent[tuple(member.device for member in self._members)] = str(lost)
+                raise
         return self._link
 
     def rates(self, dtype: torch.dtype) -> tuple[float, ...]:

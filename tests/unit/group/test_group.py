@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from para_core.group import group as groups
 from para_core.group.group import Group, GroupError
+from para_core.group.link import REMEDY
 from para_core.group.member import Member, RankLost
 from para_core.group.transport import CommunicationFailed
 
@@ -63,6 +65,38 @@ def test_a_worker_that_was_to_be_another_rank_is_not_taken_for_the_one_that_did_
     group.expect(["cpu", "cpu"])  # the first rank's worker does not start again
     group.warm(["cpu"])
     assert [member.rank for member in group.members] == [1]
+
+
+@pytest.mark.parametrize("error", [CommunicationFailed(f"nothing arrives; {REMEDY}"), RuntimeError(f"changed; {REMEDY}"), RuntimeError("full")])
+def test_messages_that_did_not_arrive_are_not_waited_for_in_every_prompt(error, monkeypatch):
+    """Finding it out takes a minute, in which a prompt does not begin. Other failures may be over by then."""
+    group, starts = Group(Path("none"), lambda *_: {}), []
+
+    class Silent(Member):
+        def tell(self, kind, payload=None):
+            pass
+
+    def measure(*_):
+        raise error
+
+    monkeypatch.setattr(groups, "measure", measure)
+    monkeypatch.setattr(groups, "_EXPLAINED", 0.0)
+    monkeypatch.setattr(group, "warm", starts.append)
+    group._members = [Silent(1, "cuda:1", SimpleNamespace(tail=lambda _lines: ""))]  # type: ignore[arg-type]
+    group._comm = SimpleNamespace(abort=lambda: None, close=lambda: None, aborted=False)  # type: ignore[assignment]
+    with pytest.raises(RankLost):
+        group.link()
+    known = REMEDY in str(error)
+    group.expect(["cuda:1"])
+    group.lost = None
+    if known:
+        with pytest.raises(GroupError, match="NCCL_P2P_DISABLE=1.*restarted"):
+            group.form(torch.device("cpu"), ["cuda:1"])
+    else:
+        group.form(torch.device("cpu"), ["cuda:1"])
+    assert bool(starts) is not known
+    group.expect(["cuda:2"])
+    assert starts[-1:] == [["cuda:2"]], "another card may be reached"
 
 
 def test_the_rate_of_every_worker_is_known_by_rank_and_each_is_asked_once():
