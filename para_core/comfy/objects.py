@@ -22,6 +22,8 @@ from .calls import title
 MODEL = "diffusion_model"
 KNOWN = ("comfy", "comfy_aimdo", "comfy_kitchen", "torch", "contextlib", "functools")  # packages that methods of a model come from
 ELSEWHERE = "is another node's code, which the other GPUs' processes do not have"
+ASIDE = ("__init__", "__repr__", "reset_parameters", "to", "state_dict", "load_state_dict", "_load_from_state_dict", "_save_to_state_dict")
+"""Methods that no forward calls: packs that load models in their own way replace them in classes."""
 OWN = __name__.rpartition(".comfy.")[0]
 
 
@@ -57,7 +59,7 @@ def foreign(model: torch.nn.Module) -> str:
             if kind not in classes and kind.__module__.partition(".")[0] in KNOWN:
                 classes.add(kind)
                 for name, held in vars(kind).items():
-                    if hasattr(held, "__globals__") and others(held):
+                    if name not in ASIDE and hasattr(held, "__globals__") and others(held):
                         return f"{title(held)} in place of {kind.__qualname__}.{name}"
     return ""
 

@@ -169,6 +169,16 @@ def test_wrappers_of_a_call_are_left_before_they_are_entered_again(place: str, r
     assert error(result, expected) < TOLERANCE * report["forwards"] and most == 1
 
 
+def test_how_another_pack_makes_and_loads_layers_is_nothing_that_ranks_need() -> None:
+    from para_core.comfy import objects
+
+    original = torch.nn.Linear.reset_parameters
+    with patch.object(torch.nn.Linear, "reset_parameters", lambda layer: original(layer)):
+        assert not objects.foreign(network())
+    with patch.object(torch.nn.Linear, "extra_repr", lambda layer: ""):
+        assert "test_foreign" in objects.foreign(network())
+
+
 @pytest.mark.slow
 def test_nothing_of_comfyui_itself_is_taken_for_another_pack() -> None:
     from families.cases import CASES, UNCUT
