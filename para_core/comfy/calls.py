@@ -252,6 +252,11 @@ def compiled_elsewhere(options: dict[str, Any]) -> bool:
     return COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
 
 
+def compiled(module: torch.nn.Module) -> bool:
+    """Whether ``module`` is what torch.compile made of another, which it holds."""
+    return isinstance(getattr(module, "_orig_mod", None), torch.nn.Module)
+
+
 @contextmanager
 def uncompiled(model: torch.nn.Module) -> Iterator[None]:
     """While this pack's hooks are at work: blocks that torch.compile wraps are the blocks themselves."""
@@ -259,7 +264,7 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
         (parent, name, child)
         for parent in list(model.modules())
         for name, child in parent.named_children()
-        if isinstance(getattr(child, "_orig_mod", None), torch.nn.Module)
+        if compiled(child)
     ]
     for parent, name, child in wrapped:
         setattr(parent, name, child._orig_mod)

@@ -152,7 +152,10 @@ class Session:
     def _install(self, chooser: Chooser, caching: bool, devices: list[str]) -> None:
         plan = plan_for(self.model)
         if plan is None:
-            self.notes.say(f"ParaDiT does not know the model {type(self.model).__name__}: it runs on one GPU, and its blocks as they are.")
+            what = f"ParaDiT does not know the model {type(self.model).__name__}"
+            if calls.compiled(self.model):
+                what = "Another node compiles the whole model (use Compile Blocks in its place)"
+            self.notes.say(f"{what}: it runs on one GPU, and its blocks as they are.")
             return
         if not plan.stacks and caching:
             name = type(self.model).__name__
@@ -217,7 +220,9 @@ class Session:
         if reason := compiling.against_graphs(self.patcher, self.chooser, self.swapped or self.written):
             self.notes.say(reason)
             return False
-        return not calls.first_patch(options)
+        if code := calls.first_patch(options):
+            self.notes.say(f"No CUDA graphs where {code} runs: a graph repeats kernels, not code.")
+        return not code
 
     @cached_property
     def written(self) -> str:

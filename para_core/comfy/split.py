@@ -203,8 +203,8 @@ class Split:
             return "This run is not split: the GPUs would wait for the processor, which launches a step no faster for several of them."
         slowest = min(self._rates, default=rate)
         slow = f" with a GPU of {slowest / rate:.0%} of the first one's speed" if slowest < gain.UNEQUAL * rate else ""
-        which = "this" if link is not None else "the fastest"
-        return f"This run is not split:{slow} on {which} link between the GPUs a step would take {1 / times:.2g} times as long."
+        where = "on this link between the GPUs" if link is not None else "even on the fastest link between GPUs"
+        return f"This run is not split:{slow} {where} a step would take {1 / times:.2g} times as long."
 
     def _fetching(self) -> float:
         """Seconds of every step in which a card that cannot hold the model fetches its weights; 0 where none does, or this one too."""

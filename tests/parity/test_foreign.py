@@ -187,3 +187,33 @@ def test_nothing_of_comfyui_itself_is_taken_for_another_pack() -> None:
 
     found = {name: objects.foreign(make()[0]) for name, make in {**CASES, **UNCUT}.items()}
     assert not {name: what for name, what in found.items() if what}
+
+
+def test_a_whole_model_that_another_node_compiles_says_which_node_to_use(caplog: pytest.LogCaptureFixture) -> None:
+    class Compiled(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module):
+            super().__init__()
+            self._orig_mod = module
+
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self._orig_mod(*args, **kwargs)
+
+    model = load("flux_small").clone()
+    model.add_object_patch("diffusion_model", Compiled(network()))
+    result = sample(attached(model, CUTS["tokens"]), JOB)
+    assert torch.equal(result, sample(load("flux_small"), JOB))
+    assert "Another node compiles the whole model (use Compile Blocks in its place)" in caplog.text
+
+
+def test_graphs_are_left_out_where_a_patch_runs_inside_blocks_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from para_core.comfy import compiling
+
+    monkeypatch.setattr(compiling, "against_graphs", lambda *_: "")
+    model = load("flux_small").clone()
+    model.set_model_attn1_output_patch(lambda out, _extra: out)
+    _, report = run(model, JOB, Compile("graph"))
+    (note,) = report["notes"]
+    assert note.startswith("No CUDA graphs where the attn1_output_patch") and note.endswith("a graph repeats kernels, not code.")
