@@ -124,6 +124,8 @@ class Split:
             self.make_room()
             return
         assert session.runner is not None
+        if processors_of_their_own(session.patcher.load_device):
+            self.group.link()  # finds out where messages do not arrive; weights would be waited for without end
         session.runner.override.ways.machine = self._machine()
         self.group.measure(session.meter.exchanged)
         sidecars.load(session.patcher, self._working)

@@ -38,3 +38,30 @@ def test_matrices_are_measured_where_blocks_are_compiled(compiled: object, rate:
     session = SimpleNamespace(patcher=patcher, foreign="", runner=SimpleNamespace(compiled=compiled))
     split = SimpleNamespace(session=session, plan=PLAN, group=SimpleNamespace(link=lambda: Link(1e-5, 1e9)))
     assert Split._machine(split) == Machine(Link(1e-5, 1e9), 2.0, rate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"), [(True, ["form", "link", "load", "begin"]), (False, ["form", "load", "begin"])], ids=["cards", "CPU"]
+)
+def test_weights_are_sent_only_over_a_link_that_carries(own: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing else asks for its speed: blocks that are not cut, or attention that another node computes on rank 0."""
+    from para_core.comfy import sidecars, split
+
+    calls: list[str] = []
+    monkeypatch.setattr(split, "processors_of_their_own", lambda _device: own)
+    monkeypatch.setattr(split.comfy.sampler_helpers, "estimate_memory", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(sidecars, "load", lambda *_: calls.append("load"))
+    monkeypatch.setattr(sidecars, "model_id", lambda _patcher: 1)
+    runner = SimpleNamespace(override=SimpleNamespace(ways=SimpleNamespace()), cache=None, compiled=None)
+    session = SimpleNamespace(
+        patcher=SimpleNamespace(load_device=torch.device("cpu")), parallel=None, runner=runner, meter=SimpleNamespace(exchanged=None),
+        attention=None, chooser=None, foreign="another node's",
+    )  # fmt: skip
+    group = SimpleNamespace(
+        form=lambda *_: calls.append("form"), link=lambda: calls.append("link"), measure=lambda _exchanged: None,
+        begin=lambda **_run: calls.append("begin"),
+    )  # fmt: skip
+    found = object.__new__(split.Split)
+    found.session, found.plan, found.group, found.devices = session, PLAN, group, ["cuda:1"]  # type: ignore[assignment]
+    found._share_model((None, (1, 4, 8, 8), {}))
+    assert calls == asked and found.active
