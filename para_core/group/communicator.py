@@ -20,7 +20,7 @@ from ..sequence.mesh import Degrees, Mesh, replica_speeds
 from ..stopwatch import Exchanged
 from .codec import as_bytes
 from .gloo import Gloo
-from .nccl import Nccl, publish_id
+from .nccl import Nccl, publish_id, roomy
 from .transport import LOOK, CommunicationFailed, Life, Transport
 
 __all__ = ["CommunicationFailed", "Communicator", "Meshes"]
@@ -114,12 +114,13 @@ class Communicator:
             return
         assert self._store is not None
         store = dist.PrefixStore(f"{name}/", self._store)
-        deadline = time.monotonic() + timeout_s
         if self.device.type == "cuda":
             _tell_nccl()
             publish_id(store, self.rank)
         self._meet(store, timeout_s)
+        deadline = time.monotonic() + timeout_s  # from here on it is the connection's time
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # NCCL takes its buffers beside torch's allocator, which may keep all memory that is free
             self._transport = Nccl(store, self.rank, self.size, self.device, self._life, deadline)
         else:
             self._transport = Gloo(store, self.rank, self.size, self._timeout_s, self._life, deadline)
@@ -305,7 +306,11 @@ def _tell_nccl() -> None:
     """Before a process's first communicator: what NCCL can be told in no other way. The user's own choice stays, on every rank.
 
     Its bootstrap would listen on an interface of its choice. And it would send straight from captured buffers where it can, which
-    hangs with torch's expandable segments (pytorch issue 158029), and does not fit a rank whose own capture has failed.
+    hangs with torch's expandable segments (pytorch issue 158029), and does not fit a rank whose own capture has failed. GPUs
+    that do not reach each other's memory share the host's, by default in a new way that fails with many drivers ("peer access is
+    not supported", nccl issue 1838), may end the process (2106), and needs all ranks to find it possible (2190): the old way needs
+    nothing but room.
     """
-    for name, value in {"NCCL_SOCKET_IFNAME": "lo", "NCCL_GRAPH_REGISTER": "0"}.items():
+    wanted = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_GRAPH_REGISTER": "0", **({"NCCL_CUMEM_HOST_ENABLE": "0"} if roomy() else {})}
+    for name, value in wanted.items():
         os.environ.setdefault(name, value)

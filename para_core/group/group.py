@@ -26,11 +26,12 @@ from ..stopwatch import Exchanged
 from .channel import ChannelClosed
 from .codec import dtype_name, encode, pack
 from .communicator import CommunicationFailed, Communicator, Meshes
-from .link import PATIENCE, REMEDY, measure
+from .link import PATIENCE, measure
 from .member import Member, RankLost, one_line
 from .models import Models
 from .patience import Patience
 from .pool import Pool
+from .transport import REMEDY
 from .watch import Watch, next_of
 
 _COMPILING = 10  # times ``Timeouts.stuck`` in runs whose blocks are compiled, which may happen again at any step
@@ -159,7 +160,7 @@ class Group(Models):
                     return
                 except (RuntimeError, OSError) as error:
                     self.give_up(str(error))
-                    if last:
+                    if self._unreached(devices, str(self.lost)) or last:
                         raise GroupError(self.lost) from error
                     log.warning("%s: starting again what did not join", self.lost)
 
@@ -333,10 +334,15 @@ class Group(Models):
                         member.tell("measure")
                     self._link = measure(self._comm, self._device)
             except RankLost as lost:
-                if REMEDY in str(lost):
-                    self._silent[tuple(member.device for member in self._members)] = str(lost)
+                self._unreached([member.device for member in self._members], str(lost))
                 raise
         return self._link
+
+    def _unreached(self, devices: Sequence[str], reason: str) -> bool:
+        """Whether messages did not arrive, which is the same in the next run: kept for it."""
+        if REMEDY in reason:
+            self._silent[tuple(devices)] = reason
+        return REMEDY in reason
 
     def rates(self, dtype: torch.dtype) -> tuple[float, ...]:
         """Operations a second of every worker's matrix products, by rank, each measured once. Raises RankLost."""

@@ -11,13 +11,12 @@ import time
 import torch
 
 from ..sequence.mesh import Comm, Link
-from .transport import CommunicationFailed
+from .transport import REMEDY, CommunicationFailed
 
 LARGE = 32 << 20  # bytes that each rank sends in all: so many that a fast link is busier than who launches
 IN_A_ROW = 4  # exchanges between two looks at the clock: who waits for the device adds his own time only once
 ROUNDS = 4
 PATIENCE = 60.0  # seconds until the device must be done with a row; the first also connects the ranks
-REMEDY = "NCCL_P2P_DISABLE=1 in the environment of ComfyUI has them go through the host's memory"
 
 
 def measure(comm: Comm, device: torch.device) -> Link:

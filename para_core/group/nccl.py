@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .transport import CommunicationFailed, Life
+from .transport import REMEDY, CommunicationFailed, Life
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_SUCCESS, _IN_PROGRESS = 0, 7
+_SUCCESS, _SYSTEM, _INTERNAL, _IN_PROGRESS = 0, 2, 3, 7
 _SUM = 0
 _UINT8 = 1
 _DTYPES = {
@@ -40,6 +41,8 @@ _DTYPES = {
 _SPIN = 0.001  # seconds for which a call in progress is looked at without a pause: NCCL's thread should have launched long before
 _POLL = 0.0002  # seconds between later looks
 _ENDED = 2.0  # seconds that ``close`` waits for an aborted communicator to be gone
+SHARED = "/dev/shm"  # where GPUs that do not reach each other's memory exchange messages
+ROOM = 2**30  # bytes of it that NCCL's user guide advises; Docker gives 64 MB unless it is told otherwise
 
 
 class _UniqueId(ctypes.Structure):
@@ -100,8 +103,23 @@ def _check(code: int) -> None:
         library = _library()
         texts = [library.ncclGetErrorString(code), library.ncclGetLastError(None)]
         said = ": ".join(["NCCL", *(text.decode(errors="replace").strip() for text in texts if text)])
-        remedy = "; in a container: docker run --shm-size=1g" if "shared memory" in said else ""
-        raise CommunicationFailed(said + remedy)
+        raise CommunicationFailed("; ".join(filter(None, (said, _remedy(code, said)))))
+
+
+def _remedy(code: int, said: str) -> str:
+    """What helps, as far as an error tells. What was said last may be of a connection that broke because shared memory had run out."""
+    unreached = "peer access" in said
+    if "shared memory" in said or (not roomy() and (unreached or code in (_SYSTEM, _INTERNAL))):
+        return "in a container: docker run --shm-size=1g"
+    return REMEDY if unreached else ""
+
+
+def roomy() -> bool:
+    """Whether there is shared memory for the messages of GPUs that do not reach each other's: alike for all ranks of a machine."""
+    try:
+        return shutil.disk_usage(SHARED).total >= ROOM
+    except OSError:
+        return False
 
 
 def publish_id(store: Store, rank: int) -> None:
@@ -251,7 +269,7 @@ class Nccl:
                 continue
             self._life.check()
             if deadline is not None and now > deadline:
-                raise CommunicationFailed("the ranks met, but did not connect in time")
+                raise CommunicationFailed(f"the ranks met, but did not connect in time; {REMEDY}")
             time.sleep(_POLL)
 
     def _state(self) -> int:

@@ -12,6 +12,8 @@ import torch
 from ..stopwatch import Exchanged
 
 LOOK = 0.1  # seconds between looks at ``Life.check`` while a collective is pending
+REMEDY = "NCCL_P2P_DISABLE=1 in the environment of ComfyUI has them go through the host's memory"
+"""Said where GPUs do not reach each other's memory, though the driver says that they do."""
 
 
 class CommunicationFailed(RuntimeError):

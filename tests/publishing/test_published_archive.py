@@ -31,7 +31,7 @@ PATTERNS = {
 
 # (file, pattern): why it is there. Each entry is named with its file in the README's Security section.
 ALLOWED: dict[tuple[str, str], str] = {
-    ("para_core/group/communicator.py", "environment"): "NCCL takes no other word on where to listen, and how not to send",
+    ("para_core/group/communicator.py", "environment"): "NCCL takes no other word on where to listen, how not to send, and what to share",
     ("para_core/group/gloo.py", "send"): "a collective of torch's process group: one rank's tensor to another, over loopback",
 }
 

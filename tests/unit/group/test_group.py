@@ -10,9 +10,8 @@ import torch
 
 from para_core.group import group as groups
 from para_core.group.group import Group, GroupError
-from para_core.group.link import REMEDY
 from para_core.group.member import Member, RankLost
-from para_core.group.transport import CommunicationFailed
+from para_core.group.transport import REMEDY, CommunicationFailed
 
 
 @pytest.mark.parametrize(("lost", "ended"), [(None, []), ("rank 1 was lost", ["abort", "close"])])
@@ -99,6 +98,23 @@ def test_messages_that_did_not_arrive_are_not_waited_for_in_every_prompt(error, 
     assert bool(starts) is not known
     group.expect(["cuda:2"])
     assert starts[-1:] == [["cuda:2"]], "another card may be reached"
+
+
+@pytest.mark.parametrize(("said", "tries"), [(f"did not connect in time; {REMEDY}", 1), ("rank 1 did not join within 60 s", 2)])
+def test_ranks_that_met_and_did_not_connect_are_not_met_again(said, tries, monkeypatch):
+    """It takes a minute each time, twice in every prompt."""
+    group, joined = Group(Path("none"), lambda *_: {}), []
+
+    def join():
+        joined.append(1)
+        raise CommunicationFailed(said)
+
+    monkeypatch.setattr(group, "warm", lambda _devices: None)
+    monkeypatch.setattr(group, "_join", join)
+    for _ in range(2):
+        with pytest.raises(GroupError, match=said.partition(";")[0]):
+            group.form(torch.device("cpu"), ["cuda:1"])
+    assert len(joined) == (tries if tries == 1 else 2 * tries)
 
 
 def test_the_rate_of_every_worker_is_known_by_rank_and_each_is_asked_once():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from para_core.group import nccl
+from para_core.group import communicator, nccl
 from para_core.group.transport import CommunicationFailed, Life
 
 
@@ -139,10 +141,75 @@ def test_a_call_that_waits_for_others_pauses_between_looks_and_can_be_ended(tran
         transport._call(lambda _library: 7)
 
 
-@pytest.mark.parametrize(("text", "remedy"), [(b"creating shared memory segment /dev/shm/nccl", True), (b"Duplicate GPU", False)])
-def test_an_error_of_the_library_names_what_it_met_and_what_helps(text, remedy, monkeypatch):
-    library = SimpleNamespace(ncclGetErrorString=lambda _code: b"unhandled system error", ncclGetLastError=lambda _comm: text)
+SHORT, UNREACHED = "docker run --shm-size=1g", "NCCL_P2P_DISABLE=1"
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "size", "remedy"),
+    [
+        (2, "Error while creating shared memory segment /dev/shm/nccl", 2**40, SHORT),
+        (3, "Socket recv failed while polling for opId", 64 * 2**20, SHORT),  # what the first rank says when another's has run out
+        (3, "Socket recv failed while polling for opId", 2**30, None),
+        (2, "Socket recv failed while polling for opId", None, SHORT),  # no such folder
+        (1, "Cuda failure 217 'peer access is not supported'", 64 * 2**20, SHORT),  # with room it goes another way
+        (1, "failed to open CUDA IPC handle: 217 peer access is not supported", 2**30, UNREACHED),
+        (1, "Cuda failure 2 'out of memory'", 64 * 2**20, None),
+        (5, "Duplicate GPU", 64 * 2**20, None),
+    ],
+)
+def test_an_error_of_the_library_names_what_it_met_and_what_helps(code, text, size, remedy, monkeypatch):
+    library = SimpleNamespace(ncclGetErrorString=lambda _code: b"unhandled error", ncclGetLastError=lambda _comm: text.encode())
     monkeypatch.setattr(nccl, "_library", lambda: library)
-    with pytest.raises(CommunicationFailed, match=text.decode()) as raised:
-        nccl._check(2)
-    assert ("--shm-size" in str(raised.value)) is remedy
+    shared_memory(monkeypatch, size)
+    with pytest.raises(CommunicationFailed, match=re.escape(text)) as raised:
+        nccl._check(code)
+    assert [said in str(raised.value) for said in (SHORT, UNREACHED)] == [said == remedy for said in (SHORT, UNREACHED)]
+
+
+def shared_memory(monkeypatch, size: int | None) -> None:
+    """From now on the machine has ``size`` bytes of it; None: nowhere."""
+
+    def usage(path: str) -> SimpleNamespace:
+        if path != "/dev/shm" or size is None:
+            raise FileNotFoundError(path)
+        return SimpleNamespace(total=size)
+
+    monkeypatch.setattr(nccl.shutil, "disk_usage", usage)
+
+
+@pytest.mark.parametrize(("size", "users", "found"), [(2**30, None, "0"), (64 * 2**20, None, None), (None, None, None), (2**30, "1", "1")])
+def test_gpus_that_do_not_reach_each_other_share_host_memory_in_the_way_that_every_driver_knows(size, users, found, monkeypatch):
+    """Where there is room: the other way takes none of it."""
+    for name in ("NCCL_SOCKET_IFNAME", "NCCL_GRAPH_REGISTER", "NCCL_CUMEM_HOST_ENABLE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    if users is not None:
+        monkeypatch.setenv("NCCL_CUMEM_HOST_ENABLE", users)
+    shared_memory(monkeypatch, size)
+    communicator._tell_nccl()
+    assert os.environ.get("NCCL_CUMEM_HOST_ENABLE") == found and os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+def test_connecting_has_its_own_time_and_the_memory_that_torch_keeps(tmp_path, monkeypatch):
+    """Buffers between two cards are hundreds of megabytes beside torch's allocator. A rank may have waited long for the others."""
+    events: list[str] = []
+    now = 1000.0
+
+    def meet(*_args) -> None:
+        nonlocal now
+        now += 50.0
+        events.append("met")
+
+    def connect(_store, _rank, _size, _device, _life, deadline: float) -> SimpleNamespace:
+        events.append(f"connect until {deadline:g}")
+        return SimpleNamespace(abort=lambda: None, close=lambda: None)
+
+    monkeypatch.setattr(communicator, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(communicator, "_tell_nccl", lambda: None)
+    monkeypatch.setattr(communicator, "publish_id", lambda _store, _rank: None)
+    monkeypatch.setattr(communicator.Communicator, "_meet", meet)
+    monkeypatch.setattr(communicator, "Nccl", connect)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("empty"))
+    comm = communicator.Communicator.join(tmp_path / "store", "one", 0, 2, "cuda:0", 1.0, 60.0)
+    comm.split([0])
+    assert events == ["met", "empty", "connect until 1110"]
