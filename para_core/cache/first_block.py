@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, SupportsFloat
 
 import torch
 
@@ -22,7 +22,7 @@ from ..sequence.mesh import Comm
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO
 from .predictor import History
-from .rule import change, decide
+from .rule import Window, change, decide
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,20 @@ def chunks(keys: Sequence[Hashable], rows: int, start: int, stop: int, offset: i
 
 @dataclass(frozen=True)
 class Step:
-    """What rank 0 says about the cache before a forward. ``chunks``: this rank's; ``count``: conditions of the whole step."""
+    """What rank 0 says about the cache before a forward. ``chunks``: this rank's; ``count``: conditions of the whole step.
 
-    sigma: float
+    ``sigma`` is asked for in the middle of the forward, when the device has been waited for anyway. ``window``: where hits are
+    allowed besides, for rank 0, which decides.
+    """
+
+    sigma: SupportsFloat
     threshold: float
     chunks: tuple[Chunk, ...]
     count: int
     compare: bool
     may_hit: bool
     order: int
+    window: Window = Window()
 
 
 @dataclass
@@ -162,9 +167,9 @@ class FirstBlockCache:
             for chunk in step.chunks:
                 history = self._entry(chunk.key, step.order).rest[index]
                 if rest is None:
-                    torch.add(self._rows(first, chunk), history.predict(step.sigma), out=self._rows(stream, chunk))
+                    torch.add(self._rows(first, chunk), history.predict(float(step.sigma)), out=self._rows(stream, chunk))
                 else:
-                    history.add(step.sigma, self._rows(rest, chunk))
+                    history.add(float(step.sigma), self._rows(rest, chunk))
 
     def _rows(self, tensor: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """A view of one condition's rows."""
@@ -211,7 +216,7 @@ class FirstBlockCache:
             rows = sums.tolist()
             known = not any(unknown for *_, unknown in rows)
             changes = [change(*pair) for *pair, _ in rows]
-            hit = known and step.may_hit and decide(changes, step.threshold)
+            hit = known and step.may_hit and step.window.holds(float(step.sigma)) and decide(changes, step.threshold)
         if comm.size > 1:
             verdict = sums.new_tensor([float(known), float(hit), *changes])
             comm.broadcast(verdict)

@@ -59,13 +59,10 @@ class Decisions:
         """True where every condition has a computed forward of its very shape (by key) to compare with."""
         return all(key in self.conditions and self.conditions[key].shape == shape for key, shape in shapes.items())
 
-    def may_hit(self, keys: Iterable[Hashable], sigma: float) -> bool:
+    def may_hit(self, keys: Iterable[Hashable]) -> bool:
+        """At a noise level that ``window`` holds."""
         limit = self.settings.max_consecutive_hits
-        return (
-            self.settings.threshold > 0
-            and self.window.holds(sigma)
-            and all(limit < 0 or self.conditions[key].hits < limit for key in keys if key in self.conditions)
-        )
+        return self.settings.threshold > 0 and all(limit < 0 or self.conditions[key].hits < limit for key in keys if key in self.conditions)
 
     def record(self, shapes: Mapping[Hashable, Hashable], sigma: float, changes: Sequence[float], hit: bool) -> None:
         """A forward of these conditions has run. ``changes``: one a condition, or none at all."""

@@ -14,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
+from ..cache.level import Level
 from ..execution.override import OVERRIDE
 from ..plans import plan_for
 from ..sequence.hooks import Arguments
@@ -69,7 +70,7 @@ class ModelCall:
     Wrappers of other nodes may leave rows out, or add some: what is no multiple of the conditions is taken for one.
     ``hooked``: strengths that conditioning hooks have for this call.
 
-    What is read more than once a step is read from the call once: a noise level asked for behind a forward waits for all of it.
+    The noise level begins to be read when ``level`` is asked for first, which must be before the forward.
     """
 
     def __init__(self, call: Call, parameters: list[str], hooked: tuple[float, ...] = ()):
@@ -101,9 +102,14 @@ class ModelCall:
         return [(key, "again", turn) if turn else key for key, turn in zip(self.conditions, turns, strict=True)]
 
     @cached_property
-    def sigma(self) -> float:
+    def level(self) -> Level:
         sigmas = self.options.get("sigmas")
-        return float(sigmas.flatten()[0]) if isinstance(sigmas, torch.Tensor) and sigmas.numel() else 0.0
+        return Level(sigmas if isinstance(sigmas, torch.Tensor) else None)
+
+    @cached_property
+    def sigma(self) -> float:
+        """The same, waited for."""
+        return float(self.level)
 
     @property
     def schedule(self) -> list[float]:
@@ -155,13 +161,14 @@ class Evaluation:
 
     def __init__(self) -> None:
         self._sigmas: Any = None  # samplers make a tensor for every evaluation; kept, so that no other has its id
-        self._level = 0.0
+        self._level = Level(None)
         self._asked: Counter[Hashable] = Counter()
 
     def count(self, model_calls: Sequence[ModelCall]) -> None:
         """Tell ``model_calls`` what was asked for before them."""
-        sigmas, level = model_calls[0].options.get("sigmas"), model_calls[0].sigma
-        if sigmas is None or sigmas is not self._sigmas or level != self._level:  # a sampler may write its levels into one tensor
+        sigmas, level = model_calls[0].options.get("sigmas"), [call.level for call in model_calls][0]
+        # a sampler may write its levels into one tensor; where it does not, nobody has to wait
+        if sigmas is None or sigmas is not self._sigmas or float(level) != float(self._level):
             self._sigmas, self._level, self._asked = sigmas, level, Counter()
         for call in model_calls:
             call.before = Counter(self._asked)

@@ -22,6 +22,7 @@ class Forecaster:
         self.forecast = Forecast()
         self._shapes: dict[Hashable, Hashable] = {}
         self._totals: list[float] = []
+        self._schedule: tuple[Any, list[float]] = (None, [])
 
     def answer(self, model_calls: list[ModelCall]) -> list[Any] | None:
         """Foretold results of the calls of one step, None where they shall be computed (and then ``learn``ed).
@@ -36,11 +37,12 @@ class Forecaster:
         if not decisions.known(self._shapes):
             self.forecast.forget(self._shapes)
             return None
-        way = distance(sigma, model_calls[0].schedule, self.largest)
+        way = distance(sigma, self._levels(model_calls[0]), self.largest)
         totals = [decisions.conditions[key].spent + self.forecast.cost(key, sigma, way) for key in self._shapes]
         if all(map(math.isfinite, totals)):
             self._totals = totals
-        if not (self._totals and decisions.may_hit(self._shapes, sigma) and decide(totals, decisions.settings.threshold)):
+        may_hit = self._totals and decisions.window.holds(sigma) and decisions.may_hit(self._shapes)
+        if not (may_hit and decide(totals, decisions.settings.threshold)):
             return None
         for key, total in zip(self._shapes, totals, strict=True):
             decisions.conditions[key].spent = total
@@ -53,6 +55,13 @@ class Forecaster:
             for chunk in parts(call):
                 self.forecast.learn(chunk.key, call.sigma, [tensor[chunk.start : chunk.stop] for tensor in tensors(result)])
         self.decisions.record(self._shapes, model_calls[0].sigma, self._totals, False)
+
+    def _levels(self, call: ModelCall) -> list[float]:
+        """The run's noise levels, which samplers say anew with every call: read once, because the device waits meanwhile."""
+        said = call.options.get("sample_sigmas")
+        if said is not self._schedule[0]:
+            self._schedule = (said, call.schedule)
+        return self._schedule[1]
 
     def _foretold(self, call: ModelCall) -> Any:
         found = [self.forecast.foretell(chunk.key, call.sigma) for chunk in parts(call)]

@@ -413,10 +413,10 @@ class Session:
         """What the cache shall do in a step of these conditions; ``own``: the chunks of this rank's forward."""
         if self.decisions is None or self.forecaster is not None:
             return None
-        settings, sigma = self.decisions.settings, call.sigma
+        settings, window = self.decisions.settings, self.decisions.window
         compare = self.decisions.known(shapes)
-        may_hit = compare and self.decisions.may_hit(shapes, sigma)
-        return Step(sigma, settings.threshold, own, len(shapes), compare, may_hit, ORDERS[settings.predictor])
+        may_hit = compare and self.decisions.may_hit(shapes)
+        return Step(call.level, settings.threshold, own, len(shapes), compare, may_hit, ORDERS[settings.predictor], window)
 
     def record(self, shapes: dict[Hashable, Hashable], call: ModelCall) -> None:
         """Keep what the cache did in the step that has just run."""

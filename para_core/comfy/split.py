@@ -425,7 +425,8 @@ def step_data(step: Step | None) -> dict[str, Any] | None:
     """A cache step as plain data for the channel; ``worker.Run`` puts it together again."""
     if step is None:
         return None
-    return {**vars(step), "chunks": [[chunk.key, chunk.index, chunk.start, chunk.stop] for chunk in step.chunks]}
+    told = {name: value for name, value in vars(step).items() if name != "window"}  # rank 0 decides
+    return {**told, "sigma": float(step.sigma), "chunks": [[chunk.key, chunk.index, chunk.start, chunk.stop] for chunk in step.chunks]}
 
 
 @contextmanager

@@ -6,8 +6,9 @@ being twice as fast as one, is then paid once per shape instead of once per step
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from textwrap import shorten
@@ -21,8 +22,8 @@ from ..cache.first_block import FirstBlockCache
 from .constants import Constants
 
 SEAM = 2
-"""After so many attention calls a shared forward goes on in a graph of its own, which is launched while the first one runs. A
-forward of one rank is launched while the one before it runs."""
+"""After so many attention calls a section goes on in a graph of its own, which is launched while the first one runs: before a
+forward, and where the cache decides, the processor may have waited until the device had nothing left to do."""
 LIMIT = 4  # captures alive at once; each holds the activations of its shape
 WARM = 1  # forwards of a shape before it is captured: libraries initialise and kernels are compiled in them
 
@@ -31,50 +32,61 @@ Forward = Callable[..., torch.Tensor | None]
 
 @dataclass
 class Capture:
-    """A captured forward: its parts in order, the tensors to fill before a replay, and the one to read after it.
+    """A captured forward: the graphs of each of its sections, the tensors to fill before a replay, and the one to read after it.
 
-    Without a cache parts follow each other (see ``Graphs.attended``).
-    With a cache there are three (to the first block's output, the rest of the stack, what follows) and ``taps``:
-    the streams before and after the first block and at the last block's output.
+    Without a cache there is one section. With a cache there are three (to the first block's output, the rest of the stack, what
+    follows) and ``taps``: the streams before and after the first block and at the last block's output.
     """
 
-    parts: list[torch.cuda.CUDAGraph]
+    sections: list[list[torch.cuda.CUDAGraph]]
     inputs: list[torch.Tensor]
     taps: list[list[torch.Tensor]]
     output: torch.Tensor | None = None
 
     def replay(self, cache: FirstBlockCache | None) -> None:
         if cache is None or cache.step is None:
-            for part in self.parts:
-                part.replay()
+            launch(itertools.chain.from_iterable(self.sections))
             return
-        first, rest, after = self.parts
-        first.replay()
+        first, rest, after = self.sections
+        launch(first)
         cache.observe(cache.step, self.taps[0], self.taps[1])
         if not cache.hit:
-            rest.replay()
+            launch(rest)
         cache.finish(cache.step, self.taps[2])
-        after.replay()
+        launch(after)
+
+
+def launch(graphs: Iterable[torch.cuda.CUDAGraph]) -> None:
+    for graph in graphs:
+        graph.replay()
 
 
 class Recorder:
-    """Captures a forward, beginning a new part at each tap of the cache."""
+    """Captures a forward, beginning a new section at each tap of the cache."""
 
     def __init__(self, pool: Any):
-        self.parts: list[torch.cuda.CUDAGraph] = []
+        self.sections: list[list[torch.cuda.CUDAGraph]] = []
         self.taps: list[list[torch.Tensor]] = []
         self._pool = pool
+        self._calls = 0
 
     def begin(self) -> None:
-        self.parts.append(torch.cuda.CUDAGraph())
-        # other threads (watchdogs, previews) may use CUDA meanwhile: only this thread is held to the rules of a capture
-        self.parts[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self.sections.append([])
+        self._calls = 0
+        self._next()
 
     def end(self) -> None:
-        self.parts[-1].capture_end()
+        self.sections[-1][-1].capture_end()
 
     def abandon(self) -> None:
-        abandon(self.parts[-1], self._pool)
+        abandon(self.sections[-1][-1], self._pool)
+
+    def attended(self) -> None:
+        """The forward has made another attention call, and nothing of it is under way."""
+        self._calls += 1
+        if self._calls == SEAM:
+            self.end()
+            self._next()
 
     def after_first(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
         self.taps += [before, after]
@@ -85,6 +97,11 @@ class Recorder:
         self.taps.append(streams)
         self.end()
         self.begin()
+
+    def _next(self) -> None:
+        self.sections[-1].append(torch.cuda.CUDAGraph())
+        # other threads (watchdogs, previews) may use CUDA meanwhile: only this thread is held to the rules of a capture
+        self.sections[-1][-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
 
 @lru_cache
@@ -111,15 +128,12 @@ class Graphs:
         self.failure: str | None = None
         self._seen: dict[Hashable, int] = {}
         self._pool: Any = None
-        self._recorder: Recorder | None = None  # of a forward that is captured in parts
-        self._calls = 0
+        self._recorder: Recorder | None = None  # of the forward that is being captured
 
     def attended(self) -> None:
-        """The forward has exchanged another attention call, and nothing of it is under way."""
-        self._calls += 1
-        if self._recorder is not None and self._calls == SEAM:
-            self._recorder.end()
-            self._recorder.begin()
+        """See ``Recorder``."""
+        if self._recorder is not None:
+            self._recorder.attended()
 
     def run(
         self, call: Forward, args: tuple, kwargs: dict[str, Any], *context: Hashable, cache: FirstBlockCache | None = None
@@ -167,11 +181,9 @@ class Graphs:
             try:
                 recorder.begin()
                 self.constants.answering = True
-                self._calls = 0
+                self._recorder = recorder
                 if cache is not None:
                     cache.tap = recorder
-                else:
-                    self._recorder = recorder
                 with self.constants:
                     output = call(*args, **kwargs)
                 recorder.end()
@@ -184,7 +196,7 @@ class Graphs:
                     cache.tap = None
         torch.cuda.current_stream().wait_stream(stream)
         inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self.captures[key] = Capture(recorder.parts, inputs, recorder.taps, output)
+        self.captures[key] = Capture(recorder.sections, inputs, recorder.taps, output)
         return self.captures[key]
 
     def _uncaptured(self, failure: str, call: Forward, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:

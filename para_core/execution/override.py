@@ -39,7 +39,7 @@ class AttentionOverride:
         self._bytes = Bytes(*wire.compiled()) if compiled else BYTES
         self.traffic = Traffic()
         self.attended: Callable[[], None] = lambda: None
-        """Called after every call that was exchanged."""
+        """Called after every call that is ours."""
         self._exchanges: dict[tuple[int, Joint, Joint], Exchange] = {}
 
     def __call__(self, func: Callable, *args, **kwargs) -> torch.Tensor:
@@ -88,8 +88,7 @@ class AttentionOverride:
     def _attend(self, exchange: Exchange | None, call: Call, beside: Beside | None = None) -> torch.Tensor:
         way = PLAIN if exchange is None else self.ways.way(exchange, call, self._where(), beside)
         out = attend_call(exchange, call, self.chooser.kernel(call), way, beside)
-        if exchange is not None:
-            self.attended()
+        self.attended()
         return out
 
     def _where(self) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from parity.inprocess import Job, load, run, sample
 
+from para_core.cache.level import Level
 from para_core.settings import Cache, Parallel
 
 pytestmark = pytest.mark.usefixtures("comfy")
@@ -56,3 +57,27 @@ def test_a_cached_step_reads_the_noise_level_and_the_sums_and_nothing_else(monke
     for cached, plain in zip(reads[:-1], stock, strict=True):
         assert Counter(name for name, _ in (cached - plain).elements()) == ours
     assert ("tolist", (1, 3)) in reads[0]
+
+
+@pytest.mark.parametrize("threshold", [1e-9, 1e9])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_the_noise_level_is_not_asked_for_before_the_first_block_has_been_launched(
+    cfg: float, threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    read = Level.__float__
+    monkeypatch.setattr(Level, "__float__", lambda level: seen.append("level") or read(level))
+    model = load("flux_small")
+    kind = type(blocks(model)[0])
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda block, *args, **kwargs: seen.append("block") or forward(block, *args, **kwargs))
+    run(model, Job("flux_small", (9, 14), cfg=cfg, steps=6), Cache(threshold), callback=lambda *_: seen.append("step"))
+    steps = " ".join(seen).split("step")[:-1]
+    assert len(steps) == 6 and all(step.split()[0] == "block" and "level" in step for step in steps)
+
+
+def test_a_noise_level_is_that_of_the_moment_it_was_asked_for() -> None:
+    sigmas = torch.tensor([0.5, 0.25])
+    level = Level(sigmas)
+    sigmas.fill_(2.0)
+    assert float(level) == float(level) == 0.5 and float(Level(None)) == float(Level(torch.empty(0))) == 0.0

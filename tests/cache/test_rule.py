@@ -89,12 +89,12 @@ def test_hits_count_by_condition_and_a_computed_forward_starts_over() -> None:
     shapes = {"a": 1, "b": 1}
     assert not decisions.known(shapes)
     decisions.record(shapes, 1.0, (), False)
-    assert decisions.known(shapes) and decisions.may_hit(shapes, 0.9)
+    assert decisions.known(shapes) and decisions.may_hit(shapes)
     decisions.record({"a": 1}, 0.9, (0.01,), True)
     decisions.record({"a": 1}, 0.8, (0.01,), True)
-    assert not decisions.may_hit(shapes, 0.7) and not decisions.may_hit({"a": 1}, 0.7) and decisions.may_hit({"b": 1}, 0.7)
+    assert not decisions.may_hit(shapes) and not decisions.may_hit({"a": 1}) and decisions.may_hit({"b": 1})
     decisions.record({"a": 1}, 0.7, (0.5,), False)
-    assert decisions.conditions["a"] == Condition(1, hits=0) and decisions.may_hit(shapes, 0.6)
+    assert decisions.conditions["a"] == Condition(1, hits=0) and decisions.may_hit(shapes)
 
 
 @pytest.mark.parametrize(
