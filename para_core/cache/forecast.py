@@ -24,6 +24,7 @@ from functools import cached_property
 import torch
 
 from .predictor import ORDERS, History
+from .reading import Reading
 
 LINE = ORDERS["taylor"]
 CAUTION = 0.8  # the best share at one computed step is often too much at the next; measured, see tests/bench/RESULTS.md
@@ -32,16 +33,16 @@ CAUTION = 0.8  # the best share at one computed step is often too much at the ne
 class Measured:
     """What a computed step has shown: how far to go along the line, and the error by span.
 
-    ``sums``: trust, wrong and whole, three float32 on the device that computed the step. They are read when a decision asks for
-    them, which waits for the device: behind the step itself that would leave it idle until the sampler comes with the next one.
+    ``sums``: trust, wrong and whole, three float32 on the device that computed the step. They are waited for when a decision asks
+    for them: behind the step itself that would leave the device idle until the sampler comes with the next one.
     """
 
     def __init__(self, sums: torch.Tensor, span: float):
-        self._sums, self._span = sums, span
+        self._sums, self._span = Reading(sums), span
 
     @cached_property
     def _read(self) -> tuple[float, float]:
-        trust, wrong, whole = self._sums.tolist()
+        trust, wrong, whole = self._sums.numbers
         return trust, wrong / whole / self._span if whole > 0 else math.inf
 
     @property

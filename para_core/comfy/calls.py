@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
-from ..cache.level import Level
+from ..cache.reading import Reading
 from ..execution.override import OVERRIDE
 from ..plans import plan_for
 from ..sequence.hooks import Arguments
@@ -102,9 +102,9 @@ class ModelCall:
         return [(key, "again", turn) if turn else key for key, turn in zip(self.conditions, turns, strict=True)]
 
     @cached_property
-    def level(self) -> Level:
+    def level(self) -> Reading:
         sigmas = self.options.get("sigmas")
-        return Level(sigmas if isinstance(sigmas, torch.Tensor) else None)
+        return Reading(sigmas.flatten()[:1] if isinstance(sigmas, torch.Tensor) and sigmas.numel() else torch.zeros(1))
 
     @cached_property
     def sigma(self) -> float:
@@ -161,7 +161,7 @@ class Evaluation:
 
     def __init__(self) -> None:
         self._sigmas: Any = None  # samplers make a tensor for every evaluation; kept, so that no other has its id
-        self._level = Level(None)
+        self._level = Reading(torch.zeros(1))
         self._asked: Counter[Hashable] = Counter()
 
     def count(self, model_calls: Sequence[ModelCall]) -> None:
