@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
@@ -36,6 +36,15 @@ class Notes:
             self.said.append(sentence)
             log.warning(sentence)
             show("\n".join(self.said))
+
+    def relay(self, sayings: Iterable[tuple[str, str]]) -> None:
+        """Say what other ranks have said, (device, sentence), where this one has not said the same."""
+        devices: dict[str, list[str]] = {}
+        for device, sentence in sayings:
+            devices.setdefault(sentence, []).append(device)
+        for sentence, there in devices.items():
+            if sentence not in self.said:
+                self.say(f"On {', '.join(there)}: {sentence}")
 
     def live(self, line: Callable[[], str]) -> None:
         """Show how far the run is, above what was said; most calls come too early after the last one and cost nothing."""

@@ -238,6 +238,7 @@ class Split:
         self.active = False
         self.group.measure(None)
         self.group.end()
+        self.session.notes.relay(self.group.sayings())
         if self._estimate is not None:
             self._estimate.close()
 
@@ -340,6 +341,7 @@ class Split:
             results = [first]
             for replica, (index, start, stop) in enumerate(shares[1:], start=1):
                 results.append(self._collect(replica * degrees.sequence, first, model_calls[index].latents, stop - start))
+        session.notes.relay(group.sayings())
         # a lost rank has been noticed by now, before its garbage could reach the sampler
         session.forwards += len(model_calls)
         self.used = max(self.used, degrees, key=lambda known: known.world)

@@ -27,7 +27,10 @@ from .patches import Together
 
 
 class ComfyHost:
-    """``Host`` over ComfyUI."""
+    """``Host`` over ComfyUI. ``say`` hears what a run has to say to the user."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
 
     def build(self, recipe: dict[str, Any], device: torch.device):
         return model.build(recipe, device)
@@ -52,7 +55,7 @@ class ComfyHost:
         return gain.matrix_rate(device, dtype_named(dtype))
 
     def begin(self, patcher, run: dict[str, Any]) -> Run:
-        return Run(patcher.model.diffusion_model, run, opened=files.opened(patcher))
+        return Run(patcher.model.diffusion_model, run, self._say, opened=files.opened(patcher))
 
     def forward(self, run: Run, share: dict[str, Any], mesh: Mesh, comm: Comm) -> torch.Tensor | None:
         return run.forward(share, mesh, comm)
@@ -67,13 +70,13 @@ class ComfyHost:
 class Run:
     """One sampling run on a sidecar. ``opened``: its weights may be elsewhere than on the device."""
 
-    def __init__(self, diffusion_model: torch.nn.Module, run: dict[str, Any], *, opened: bool):
+    def __init__(self, diffusion_model: torch.nn.Module, run: dict[str, Any], say: Callable[[str], None], *, opened: bool):
         self.opened = opened
         plan = plan_for(diffusion_model)
         assert plan is not None, "rank 0 has looked for it"
         self.names = calls.names(diffusion_model)
         self.function = getattr(diffusion_model, calls.entry(diffusion_model))
-        chooser = Chooser(run["attention"], timings=Timings(table=run["kernels"]))
+        chooser = Chooser(run["attention"], say=say, timings=Timings(table=run["kernels"]))
         self.runner = Runner(
             plan,
             diffusion_model,
@@ -117,4 +120,4 @@ def serve(channel: Channel, hello: dict[str, Any], leave: Callable[[], None]) ->
     device = torch.device(hello["device"])
     if device.type != "cuda":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // hello["size"]))
-    Worker(channel, ComfyHost(), device, leave).serve()
+    Worker(channel, ComfyHost(lambda sentence: channel.tell("said", sentence)), device, leave).serve()

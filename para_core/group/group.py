@@ -70,6 +70,7 @@ class Group(Models):
         self.timeouts = Timeouts()
         self.counts: Counter[str] = Counter()
         self.lost: str | None = None
+        self._sayings: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._told: str | None = None  # what the first member said that lost touch with others
         self._device = torch.device("cpu")
         # NVLink multicast is for large sums, and takes memory and time. One rank without is enough: ComfyUI's process is left as it is.
@@ -234,7 +235,9 @@ class Group(Models):
         return max(1.0, self.timeouts.idle / 10)
 
     def hear(self, member: Member, kind: str, payload: Any) -> None:
-        if kind != "failed":
+        if kind == "said":
+            self._sayings.put((member.device, payload))
+        elif kind != "failed":
             member.replies.put((kind, payload))
         elif payload["epoch"] == self._epoch:
             if payload["peer"] and self._comm is not None:
@@ -354,8 +357,14 @@ class Group(Models):
                 member.rates[dtype] = self._reply(member, "rate", self.timeouts.load)
         return tuple(member.rates[dtype] for member in self._members)
 
+    def sayings(self) -> Iterator[tuple[str, str]]:
+        """What workers have had to say of this run since the last look: their devices, and sentences for the user."""
+        while not self._sayings.empty():
+            yield self._sayings.get()
+
     def begin(self, **run: Any) -> None:
         """Sampling starts; ``run`` is told to every worker. Raises RankLost."""
+        self._sayings = queue.SimpleQueue()
         self._patience.begin(self.timeouts.stuck * (_COMPILING if run.get("compiled") else 1), self.timeouts.slowest)
         with self._shared():
             for member in self._members:

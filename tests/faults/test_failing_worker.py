@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from faults.sampling import TOLERANCE, Outcome, Prompt, at_step, check_full, load, prepared, reference, run, scripts
+from parity import inprocess
+
+from para_core.settings import Attention, Parallel
 
 LORA = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
 
@@ -173,6 +176,16 @@ def test_an_error_on_rank_0_is_a_loss_too_and_leaves_no_worker_waiting(group, er
     check_alone(outcome, Prompt(), f"rank 0 failed: {words};")
     check_full(Prompt())
     assert group.pids == pids
+
+
+def test_what_only_a_worker_has_to_say_is_told_with_its_device_and_what_all_say_once(group_running) -> None:
+    """A kernel that is not built for another card, or a capture that fails there, makes the whole group slow."""
+    group_running(scripts() / "talking_sidecar.py")
+    job = inprocess.Job(steps=4)
+    latent, report = inprocess.run(load("flux"), job, Parallel(3), Attention("sage"))
+    first, other = sorted(report["notes"])
+    assert first.startswith("Attention backend sage is not available here") and other == "On cpu, cpu: Nothing is fast on this card."
+    assert report["ranks"] == 3 and inprocess.error(latent, inprocess.sample(load("flux"), job)) < TOLERANCE
 
 
 def test_options_that_cannot_travel_leave_the_run_to_one_rank_and_the_group_as_it_is(group) -> None:

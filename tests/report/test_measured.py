@@ -236,6 +236,16 @@ def test_progress_is_shown_at_most_twice_a_second_and_below_it_what_was_said(com
     assert [text for _, text in SENT] == ["at 0.0", "at 0.5", "at 1.0", "One sentence.", "at 1.5\nOne sentence."]
 
 
+def test_what_several_ranks_say_is_said_once_and_what_one_says_with_its_device(comfy):
+    from para_core.comfy.notify import Notes
+
+    notes = Notes()
+    notes.say("All.")
+    notes.relay([("cuda:1", "All."), ("cuda:2", "Some."), ("cuda:3", "Some."), ("cuda:3", "One.")])
+    notes.relay([("cuda:2", "All.")])
+    assert notes.said == ["All.", "On cuda:2, cuda:3: Some.", "On cuda:3: One."]
+
+
 def test_the_text_of_a_node_inside_an_expanded_one_stands_on_the_outer_one(comfy):
     from comfy_execution.progress import get_progress_state
 

@@ -117,6 +117,18 @@ def test_ranks_that_met_and_did_not_connect_are_not_met_again(said, tries, monke
     assert len(joined) == (tries if tries == 1 else 2 * tries)
 
 
+def test_what_workers_have_to_say_is_kept_for_this_run_and_no_answer_to_anything():
+    group = Group(Path("none"), lambda *_: {})
+    members = [Member(rank, f"cuda:{rank}", SimpleNamespace()) for rank in (1, 2)]  # type: ignore[arg-type]
+    for member in members:
+        group.hear(member, "said", "No kernels.")
+    assert [*group.sayings()] == [("cuda:1", "No kernels."), ("cuda:2", "No kernels.")] and not [*group.sayings()]
+    assert all(member.replies.empty() for member in members)
+    group.hear(members[0], "said", "Too late.")
+    group.begin()
+    assert not [*group.sayings()]
+
+
 def test_the_rate_of_every_worker_is_known_by_rank_and_each_is_asked_once():
     group = Group(Path("none"), lambda *_: {})
     asked: list[tuple[int, str, str]] = []
