@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(socket_path: str) -> None:
@@ -38,12 +42,28 @@ def main(socket_path: str) -> None:
     import torch
 
     if torch.device(hello["device"]).type == "cuda":
+        hello["device"] = own_card(torch.device(hello["device"]), hello["card"])
         # before ComfyUI asks how much memory "the" GPU has, which on rank 0's would cost some hundred MB for every sidecar
         torch.cuda.set_device(hello["device"])
 
     from para_core.comfy.worker import serve
 
     serve(channel, hello, lambda: leave(parent, directory))
+
+
+def own_card(device: torch.device, card: str) -> str:
+    """What this process calls the GPU that is ``device`` in ComfyUI's; ``card``: its name for all, "" if unknown.
+
+    Code of other packs may change the variables that hide and order GPUs after ComfyUI has read them. Raises RuntimeError.
+    """
+    import torch
+
+    cards = [str(getattr(torch.cuda.get_device_properties(index), "uuid", "")) for index in range(torch.cuda.device_count())]
+    if device.index >= len(cards) and (not card or card not in cards):
+        raise RuntimeError(f"only {len(cards)} GPUs are visible here: CUDA_VISIBLE_DEVICES was changed after ComfyUI had started")
+    if device.index < len(cards) and cards[device.index] == card or card not in cards:
+        return str(device)
+    return f"cuda:{cards.index(card)}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.model_patcher
 import torch
@@ -45,7 +46,13 @@ def group() -> Group:
 def _hello(rank: int, device: str, size: int) -> dict[str, Any]:
     """What a new worker needs to become the same ComfyUI: its folder and its command-line flags."""
     root = str(Path(comfy.model_management.__file__).resolve().parents[1])
-    return {"rank": rank, "device": device, "size": size, "root": root, "flags": flags.export()}
+    return {"rank": rank, "device": device, "card": _card(device), "size": size, "root": root, "flags": flags.export()}
+
+
+def _card(device: str) -> str:
+    """What every process calls this card, whatever its number there; "" for the CPU, and where this torch does not know."""
+    place = torch.device(device)
+    return str(getattr(torch.cuda.get_device_properties(place), "uuid", "")) if place.type == "cuda" else ""
 
 
 def devices(settings: Parallel, own: torch.device, say: Callable[[str], None]) -> list[str]:
@@ -79,7 +86,7 @@ def _devices(settings: Parallel, own: torch.device, say: Callable[[str], None]) 
         words = [word.strip() for word in settings.devices.split(",") if word.strip()]
         wrong = [word for word in words if not word.isdecimal() or int(word) >= there]
         if wrong:
-            say(f"There is no CUDA device {', '.join(wrong)} here (there are {there}): left out.")
+            say(f"There is no CUDA device {', '.join(wrong)} here (there are {there}{_hidden()}): left out.")
         named = dict.fromkeys(int(word) for word in words if word not in wrong)
         others = [index for index in named if index != (own.index or 0)]
     else:
@@ -89,8 +96,14 @@ def _devices(settings: Parallel, own: torch.device, say: Callable[[str], None]) 
         others = [index for index in others if index not in unfit]
     wanted = settings.gpus or 1 + len(others)
     if wanted > 1 + len(others):
-        say(f"{wanted} GPUs were asked for and {1 + len(others)} can be used.")
+        say(f"{wanted} GPUs were asked for and {1 + len(others)} can be used{_hidden() if wanted > there else ''}.")
     return [f"cuda:{index}" for index in others[: wanted - 1]]
+
+
+def _hidden() -> str:
+    """What hides GPUs from this ComfyUI, as the end of a clause."""
+    shown = comfy.cli_args.args.cuda_device
+    return "" if shown is None else f": ComfyUI was started with --cuda-device {shown}, which hides all others"
 
 
 def _unfit(index: int, own: int) -> str:

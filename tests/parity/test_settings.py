@@ -155,6 +155,36 @@ def test_cards_that_can_be_of_no_use_are_left_out_unless_they_are_named(comfy, m
         assert len(heard) == len(said) and all(words in sentence for words, sentence in zip(said, heard, strict=True))
 
 
+@pytest.mark.parametrize(("shown", "cause"), [("0", "--cuda-device 0, which hides all others"), (None, "can be used.")])
+@pytest.mark.parametrize("settings", [{"gpus": 2}, {"gpus": 2, "devices": "1"}], ids=["count", "named"])
+def test_a_flag_of_comfyui_that_hides_gpus_is_named_where_they_are_missed(comfy, monkeypatch, shown, cause, settings):
+    from types import SimpleNamespace
+
+    import torch
+
+    from para_core.comfy import sidecars
+    from para_core.settings import Parallel
+
+    heard: list[str] = []
+    monkeypatch.setattr(sidecars.comfy.cli_args, "args", SimpleNamespace(cuda_device=shown))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert sidecars.devices(Parallel(**settings), torch.device("cuda", 0), heard.append) == []
+    assert heard and all(cause in sentence for sentence in heard[-1:]) and ("hides" in heard[0]) is (shown is not None)
+
+
+def test_a_worker_is_told_its_card_by_the_name_that_all_processes_know(comfy, monkeypatch):
+    from types import SimpleNamespace
+
+    import torch
+
+    from para_core.comfy import sidecars
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace(uuid=f"GPU {place.index}"))
+    told = [sidecars._hello(1, device, 2)["card"] for device in ("cuda:1", "cpu")]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace())
+    assert [*told, sidecars._hello(1, "cuda:1", 2)["card"]] == ["GPU 1", "", ""]
+
+
 @pytest.mark.parametrize(("devices", "said"), [("0,2", 1), (" ", 0)])
 def test_cuda_devices_are_left_out_on_the_cpu_and_that_is_said(comfy, devices, said):
     import torch
