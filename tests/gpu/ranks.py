@@ -1,4 +1,4 @@
-"""Three, four and eight ranks where there is a GPU: every way to spread a step over them gives stock's latents.
+"""Two, three, four and eight ranks where there is a GPU: every way to spread a step over them gives stock's latents.
 
     python tests/gpu/ranks.py            every number of ranks, a table last (minutes)
     python tests/gpu/ranks.py --cpu      the same with CPU ranks and a tiny model, to see that the script works
@@ -32,6 +32,7 @@ STEPS, CFG = 5, 3.0
 LIMIT = 400  # seconds a case
 MODES = ("off", "graph", "compile+graph")
 WAYS = {
+    "2": ((1, 1, 2), (1, 2, 1), (2, 1, 1)),
     "3": ((1, 1, 3), (1, 3, 1)),
     "4": ((1, 1, 4), (1, 4, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1)),
     "8": ((1, 1, 8), (1, 4, 2), (2, 2, 2)),

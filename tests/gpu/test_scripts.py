@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu import processes
+from gpu import first, processes
 
 HERE = Path(__file__).resolve().parent
 HEADS = {"case": 8, "what": 8, "ok": 4, "figure": 8}
@@ -45,6 +45,27 @@ def test_a_case_that_does_not_end_is_ended_and_its_rows_are_known_before() -> No
 
 def test_a_case_without_rows_is_not_ok() -> None:
     assert [row[2] for row in processes.outcome([sys.executable, "-c", ""], "case", HEADS, 60)] == ["FAIL"]
+
+
+def test_what_to_run_first_ends_with_what_fails_unless_all_is_asked_for(capfd, monkeypatch) -> None:
+    def says(code: int, *environment: tuple[str, str]) -> first.Part:
+        call = ("-c", f"import os, sys; print('P2P', os.environ.get('NCCL_P2P_DISABLE'), os.environ['NCCL_DEBUG']); sys.exit({code})")
+        return first.Part(("-c", "raise OSError"), call, environment)
+
+    monkeypatch.delenv("NCCL_DEBUG", raising=False)
+    monkeypatch.setattr(first, "PARTS", {"one": says(0), "two": says(3, *first.HOST.items()), "three": says(0)})
+    assert first.main(["--cpu"]) == 1
+    said = capfd.readouterr().out
+    assert "P2P None WARN" in said and "P2P 1 WARN" in said and "FAIL (3)" in said and "three" not in said
+    assert first.main(["--cpu", "--all"]) == 1 and first.main(["--cpu", "three"]) == 0
+    assert "three" in capfd.readouterr().out
+
+
+def test_what_to_run_first_is_what_the_page_lists() -> None:
+    page = (HERE / "README.md").read_text()
+    for part in first.PARTS.values():
+        words = [*(f"{name}={value}" for name, value in part.environment), "python", *part.command]
+        assert f". `{' '.join(words)}`" in page
 
 
 @pytest.mark.slow
