@@ -20,7 +20,7 @@ from ..sequence.mesh import Degrees, Mesh, replica_speeds
 from ..stopwatch import Exchanged
 from .codec import as_bytes
 from .gloo import Gloo
-from .nccl import Nccl, publish_id, roomy
+from .nccl import Nccl, apart, publish_id, roomy
 from .transport import LOOK, CommunicationFailed, Life, Transport
 
 __all__ = ["CommunicationFailed", "Communicator", "Meshes"]
@@ -307,10 +307,11 @@ def _tell_nccl() -> None:
 
     Its bootstrap would listen on an interface of its choice. And it would send straight from captured buffers where it can, which
     hangs with torch's expandable segments (pytorch issue 158029), and does not fit a rank whose own capture has failed. GPUs
-    that do not reach each other's memory share the host's, by default in a new way that fails with many drivers ("peer access is
-    not supported", nccl issue 1838), may end the process (2106), and needs all ranks to find it possible (2190): the old way needs
-    nothing but room.
+    that do not reach each other's memory share the host's, by default in a new way that fails there with many drivers ("peer access
+    is not supported", nccl issue 1838): the old way needs nothing but room. Elsewhere the new one ends sooner after an abort.
     """
-    wanted = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_GRAPH_REGISTER": "0", **({"NCCL_CUMEM_HOST_ENABLE": "0"} if roomy() else {})}
+    wanted = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_GRAPH_REGISTER": "0"}
+    if roomy() and apart():
+        wanted["NCCL_CUMEM_HOST_ENABLE"] = "0"
     for name, value in wanted.items():
         os.environ.setdefault(name, value)

@@ -114,8 +114,14 @@ def _remedy(code: int, said: str) -> str:
     return REMEDY if unreached else ""
 
 
+def apart() -> bool:
+    """Whether some GPUs do not reach each other's memory: alike for all ranks, which see the same GPUs."""
+    there = range(torch.cuda.device_count())
+    return any(not torch.cuda.can_device_access_peer(one, other) for one in there for other in there if one != other)
+
+
 def roomy() -> bool:
-    """Whether there is shared memory for the messages of GPUs that do not reach each other's: alike for all ranks of a machine."""
+    """Whether there is shared memory for the messages of such GPUs: alike for all ranks of a machine."""
     try:
         return shutil.disk_usage(SHARED).total >= ROOM
     except OSError:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HOST = {"NCCL_P2P_DISABLE": "1"}  # as between cards that do not reach each other's memory
+HOST = {"NCCL_P2P_DISABLE": "1", "NCCL_CUMEM_HOST_ENABLE": "0"}  # as between cards that do not reach each other's memory
 
 
 @dataclass(frozen=True)

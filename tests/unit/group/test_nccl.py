@@ -177,8 +177,24 @@ def shared_memory(monkeypatch, size: int | None) -> None:
     monkeypatch.setattr(nccl.shutil, "disk_usage", usage)
 
 
-@pytest.mark.parametrize(("size", "users", "found"), [(2**30, None, "0"), (64 * 2**20, None, None), (None, None, None), (2**30, "1", "1")])
-def test_gpus_that_do_not_reach_each_other_share_host_memory_in_the_way_that_every_driver_knows(size, users, found, monkeypatch):
+NVLINK, BRIDGES = {(0, 1), (0, 2), (1, 2)}, {(0, 1)}  # who reaches whom, of three
+
+
+@pytest.mark.parametrize(
+    ("size", "cards", "reach", "users", "found"),
+    [
+        (2**30, 2, set(), None, "0"),
+        (2**30, 3, BRIDGES, None, "0"),
+        (2**30, 3, NVLINK, None, None),
+        (2**30, 1, set(), None, None),
+        (64 * 2**20, 2, set(), None, None),
+        (None, 2, set(), None, None),
+        (2**30, 2, set(), "1", "1"),
+    ],
+)
+def test_gpus_that_do_not_reach_each_other_share_host_memory_in_the_way_that_every_driver_knows(
+    size, cards, reach, users, found, monkeypatch
+):
     """Where there is room: the other way takes none of it."""
     for name in ("NCCL_SOCKET_IFNAME", "NCCL_GRAPH_REGISTER", "NCCL_CUMEM_HOST_ENABLE"):
         monkeypatch.setenv(name, "")  # so that it is put back
@@ -186,6 +202,8 @@ def test_gpus_that_do_not_reach_each_other_share_host_memory_in_the_way_that_eve
     if users is not None:
         monkeypatch.setenv("NCCL_CUMEM_HOST_ENABLE", users)
     shared_memory(monkeypatch, size)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: tuple(sorted((one, other))) in reach)
     communicator._tell_nccl()
     assert os.environ.get("NCCL_CUMEM_HOST_ENABLE") == found and os.environ["NCCL_SOCKET_IFNAME"] == "lo"
 
