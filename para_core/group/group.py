@@ -160,7 +160,7 @@ class Group(Models):
                         self._attend()
                     return
                 except (RuntimeError, OSError) as error:
-                    self.give_up(str(error))
+                    self.give_up((isinstance(error, CommunicationFailed) and self._told) or str(error))
                     if self._unreached(devices, str(self.lost)) or last:
                         raise GroupError(self.lost) from error
                     log.warning("%s: starting again what did not join", self.lost)

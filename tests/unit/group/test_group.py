@@ -117,6 +117,25 @@ def test_ranks_that_met_and_did_not_connect_are_not_met_again(said, tries, monke
     assert len(joined) == (tries if tries == 1 else 2 * tries)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"), [(CommunicationFailed("NCCL: remote error"), "rank 1 on cuda:1: NCCL: no room"), (OSError("no file"), "no file")]
+)
+def test_what_is_said_of_ranks_that_do_not_connect_is_what_the_first_of_them_met(error, said, monkeypatch):
+    group = Group(Path("none"), lambda *_: {})
+    member = Member(1, "cuda:1", SimpleNamespace())  # type: ignore[arg-type]
+
+    def join():
+        group._told = None  # as it begins
+        group._comm = SimpleNamespace(abort=lambda: None, close=lambda: None, aborted=True)  # type: ignore[assignment]
+        group.hear(member, "failed", {"epoch": 0, "peer": True, "message": "NCCL: no room"})
+        raise error
+
+    monkeypatch.setattr(group, "warm", lambda _devices: None)
+    monkeypatch.setattr(group, "_join", join)
+    with pytest.raises(GroupError, match=f"^{said}$"):
+        group.form(torch.device("cpu"), ["cuda:1"])
+
+
 def test_what_workers_have_to_say_is_kept_for_this_run_and_no_answer_to_anything():
     group = Group(Path("none"), lambda *_: {})
     members = [Member(rank, f"cuda:{rank}", SimpleNamespace()) for rank in (1, 2)]  # type: ignore[arg-type]
