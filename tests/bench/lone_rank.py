@@ -108,6 +108,9 @@ class Lone:
     def link(self) -> Link:
         return self._link
 
+    def sayings(self) -> Iterator[tuple[str, str]]:
+        return iter(())
+
     @contextmanager
     def step(self, order: Mapping[str, Any]) -> Iterator[tuple[Mesh, Comm]]:
         mesh = self._meshes.mesh(Degrees(*order["degrees"]))

@@ -109,6 +109,18 @@ def arrived(joint, own, tensor, *, keys=False):
     return result
 
 
+def on_the_edge(joint, tensor, *, keys=False):
+    """Whether an element lies so near to the middle of two codes that another order of the same sums may choose the other one."""
+    for rank in range(len(joint.rows)):
+        piece = tensor[:, :, rows_of(joint, rank)]
+        if keys and piece.numel():
+            piece = piece - wire.rough_mean(piece.permute(2, 0, 1, 3)[None])[0].permute(1, 2, 0, 3)
+        code = piece.double() / piece.double().abs().amax(-1, keepdim=True).clamp_min(1e-30) * wire.LEVELS + 0.5
+        if ((code - code.round()).abs() < 5e-5).any():
+            return True
+    return False
+
+
 def expected(ring, ulysses, q_joint, kv_joint, q, k, v, mask):
     """Attention in float64 on what each rank gets: Ulysses or ring alone."""
     whole = torch.empty_like(q, dtype=torch.float64)
@@ -133,7 +145,8 @@ def test_attention_is_that_of_the_tensors_that_arrive(case, masked):
     mask = {"none": None, "bool": mask > -1, "additive": mask}[masked]
     out = shared(fake_meshes(ring, ulysses), q_joint, kv_joint, q, k, v, mask, way=WIRE)
     k, v = expand_kv(q, k, v)
-    if ring == 1 or ulysses == 1:
+    edge = on_the_edge(q_joint, q) or on_the_edge(kv_joint, k, keys=True) or on_the_edge(kv_joint, v)
+    if (ring == 1 or ulysses == 1) and not edge:
         assert_same(out, expected(ring, ulysses, q_joint, kv_joint, q, k, v, mask))
     exact = reference_attention(q, k, v, mask)
     assert ((out.double() - exact).abs() <= bound(q, k, v, trips=1 if ring == 1 or ulysses == 1 else 2)).all()
