@@ -13,8 +13,9 @@
                                  writes records/quality.json, quality.png and its part of RESULTS.md
 
 Several can be named; none means all that measure but quality. Each case runs in a process of its own, with memory set up as ComfyUI's main
-program does it. Every row is written as soon as it is there, to a JSON record (hardware, versions, date, commit) in the folder
-``--out``; a call that was cut off goes on with ``--resume RECORD``. A row that fails says why, and the rest goes on.
+program does it. Several calls with the same ``--turns FOLDER`` may run at once: what they time has the machine to itself. Every row
+is written as soon as it is there, to a JSON record (hardware, versions, date, commit) in the folder ``--out``; a call that was cut off
+goes on with ``--resume RECORD``. A row that fails says why, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -32,11 +34,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [path for path in (str(HERE.parents[1]), str(HERE.parent)) if path not in sys.path]
 
 import pages  # noqa: E402
+import turns  # noqa: E402
 from env import comfy_import  # noqa: E402
 from record import RECORDS, Record, Stale, machine  # noqa: E402
 
 COMMANDS = ("overhead", "attention", "group", "steps", "peers", "cache", "profile", "share")
 BY_MODEL = ("steps", "peers", "profile", "share")
+ALONE = ("overhead", "attention", "cache")  # under --turns from beginning to end; others ask for their turns
 MODELS = "flux-1024,flux-2048,wan-480p,defaults"
 ATTEMPTS = 6  # processes that one part may end
 STALE = 3  # exit status of a part that may not add to the record
@@ -71,6 +75,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the JSON record (default: records/, a temporary one with --quick)")
     parser.add_argument("--resume", type=Path, metavar="RECORD", help="leave out the rows of this record, and write it with the others")
     parser.add_argument("--commit", default="", help="what is measured, where git cannot tell")
+    parser.add_argument("--traces", action="store_true", help="for profile: every kernel, in files beside the record")
+    parser.add_argument("--turns", type=Path, metavar="FOLDER", help="other calls run, whose models fit on the card too: see turns.py")
     parser.add_argument("--minutes", type=float, default=9, help="begin no row after so many")
     parser.add_argument("--row-limit", type=float, default=280, help="seconds after which a row counts as hung")
     parser.add_argument("--dynamic-vram", action="store_true", help="ComfyUI's default; without it weights stay on the card")
@@ -191,12 +197,15 @@ def part(options: argparse.Namespace) -> int:
     if options.quick:
         torch.set_num_threads(1)  # threads that wait for each other cost more than tiny models bring
 
+    if options.turns is not None:
+        turns.join(options.turns)
     user = options.folder / "user"  # times of attention kernels are remembered there: none are known at first
     user.mkdir(exist_ok=True)
     folder_paths.set_user_directory(str(user))
     try:
         for what, case in names:
-            table(record, what, case, options)
+            with turns.alone() if what in ALONE else nullcontext():
+                table(record, what, case, options)
     except TimeIsUp:
         print(f"time is up; go on with --resume {options.record}")
     return 0

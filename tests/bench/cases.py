@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.sd
 import torch
+import turns
 import weights_file
 from clock import between, mark
 from parity.inprocess import reports
@@ -63,6 +64,7 @@ class Run:
     """Latents float32, the seconds of each step after the warm ones but the last, and those until the last one's forward returned.
 
     ``peak``: the most bytes in use on the card meanwhile. ``report``: what the pack's own line said of the run, {} for stock.
+    ``disturbed``: others of ``turns`` did not make way.
     """
 
     latents: torch.Tensor
@@ -70,6 +72,7 @@ class Run:
     launch: float
     peak: int
     report: dict
+    disturbed: bool = False
 
     @property
     def step(self) -> float:
@@ -82,7 +85,8 @@ def sample(
     """Sample with ComfyUI's own function. Nobody waits for the device between steps, as in ComfyUI: it tells the time itself.
 
     Only before the last step the device has nothing left to do: that step is not timed, its forward is launched unhindered.
-    ``watch`` is told the number of every step that has been launched.
+    ``watch`` is told the number of every step that has been launched. From the last warm step on this process has the machine to
+    itself, see ``turns``.
     """
     generator = torch.Generator().manual_seed(1)
     context = torch.randn(1, *case.text, generator=generator)
@@ -90,8 +94,13 @@ def sample(
     noise, steps = torch.randn(case.latent, generator=generator), steps or case.steps
     cuda = torch.cuda.is_available()
     marks: list[torch.cuda.Event | float] = []
+    held = turns.joined.disturbed if turns.joined is not None else 0
 
     def step(*_args) -> None:
+        if turns.joined is not None and len(marks) == WARM - 2:
+            if cuda:
+                torch.cuda.synchronize()
+            timed.enter_context(turns.alone())
         marks.append(mark())
         if cuda and len(marks) == WARM:
             torch.cuda.reset_peak_memory_stats()
@@ -99,14 +108,16 @@ def sample(
             torch.cuda.synchronize()
         watch(len(marks) - 1)
 
-    with torch.inference_mode(), launching() as launches, reports() as lines:
+    with torch.inference_mode(), launching() as launches, reports() as lines, ExitStack() as timed:
         latents = comfy.sample.sample(
             model, noise, steps, 1.0, "euler", "simple", [[context, extra]], [[context, extra]], torch.zeros(case.latent),
             disable_pbar=True, callback=step, seed=1,
         )  # fmt: skip
+        latents = latents.float().cpu()
     seconds = [between(before, after) for before, after in itertools.pairwise(marks)]
     peak = torch.cuda.max_memory_allocated() if cuda else 0
-    return Run(latents.float().cpu(), seconds[WARM - 1 : -1], launches[-1], peak, lines[-1] if lines else {})
+    disturbed = turns.joined is not None and turns.joined.disturbed > held
+    return Run(latents, seconds[WARM - 1 : -1], launches[-1], peak, lines[-1] if lines else {}, disturbed)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import cases
 import comfy.model_management
 import torch
+import turns
 from comfy.model_patcher import ModelPatcher
 from record import Record, Row, memory
 from rows import attempt
@@ -38,7 +39,7 @@ def measure(record: Record, options: Namespace) -> None:
         return
     model = cases.from_file(NAME, sized(CASES[NAME], options), options.folder)
     sidecars.group().close()
-    with torch.inference_mode():
+    with turns.alone(), torch.inference_mode():
         comfy.model_management.load_models_gpu([model])
         for way, function in ways.items():
             with attempt(record, "group", {"case": NAME, "way": way, "memory": memory()}, options) as row:

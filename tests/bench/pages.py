@@ -97,7 +97,8 @@ def line(*cells: object) -> str:
 
 def remark(row: Row) -> str:
     """What a reader must know beside the numbers."""
-    return f"failed: {row['failed']}" if "failed" in row else " ".join(row.get("notes", [])) or row.get("absent", "")
+    notes = [*row.get("notes", []), *(["Timed while something else ran."] if row.get("disturbed") else [])]
+    return f"failed: {row['failed']}" if "failed" in row else " ".join(notes) or row.get("absent", "")
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------------
@@ -176,16 +177,16 @@ def group_table(records: list[Record]) -> Iterator[str]:
 
 def profile_tables(records: list[Record]) -> Iterator[str]:
     for machine, case, rows in newest(records, "profile", list(TITLES)):
-        yield from ("", f"### Where the time goes: {TITLES[case]}, ms a step under a profiler, one GPU", "", where(machine), "")
-        yield from table("way", *KINDS, "idle", "longest pause", "the longest kernels: times x ms in all", "remark")
+        yield from ("", f"### Where the time goes: {TITLES[case]}, ms a step of one GPU under a profiler", "", where(machine), "")
+        yield from table("way", *KINDS, "messages alone", "idle", "longest pause", "the longest kernels: times x ms in all", "remark")
         for row in rows:
             longest = ", ".join(f"`{short(name)}` {times} x {ms:g}" for name, times, ms in row.get("longest", [])[:SHOWN])
             yield line(row["way"], *spent(row), longest, remark(row))
 
 
 def spent(row: Row) -> list[float | None]:
-    """Milliseconds by kind, those in which nothing ran, and the longest of those in a row."""
-    return [*(row.get("kinds_ms", {}).get(kind) for kind in KINDS), row.get("idle_ms"), row.get("pause_ms")]
+    """Milliseconds by kind, those in which only messages and in which nothing ran, and the longest of the latter in a row."""
+    return [*(row.get("kinds_ms", {}).get(kind) for kind in KINDS), *(row.get(name) for name in ("exposed_ms", "idle_ms", "pause_ms"))]
 
 
 def short(name: str) -> str:
@@ -196,10 +197,11 @@ def short(name: str) -> str:
 def share_tables(records: list[Record]) -> Iterator[str]:
     for machine, case, rows in newest(records, "share", list(TITLES)):
         yield from ("", f"### One rank's part of a step on one card: {TITLES[case]}", "", where(machine), "")
-        yield from table("way", "ms", "spread", "efficiency", "launched after ms", *KINDS, "idle", "longest pause", "remark")
+        times = "ms", "spread", "efficiency", "launched after ms"
+        yield from table("way", *times, *KINDS, "messages alone", "idle", "longest pause", "remark")
         for row in rows:
-            times = [row.get(name) for name in ("step_ms", "spread_ms", "efficiency", "launch_ms")]
-            yield line(row["way"], *times, *spent(row), remark(row))
+            figures = [row.get(name) for name in ("step_ms", "spread_ms", "efficiency", "launch_ms")]
+            yield line(row["way"], *figures, *spent(row), remark(row))
 
 
 # -- the README -------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import cases
 import comfy.memory_management
-import comfy.model_management
 import torch
 from cases import Run
 from comfy.model_patcher import ModelPatcher
@@ -51,7 +50,6 @@ def measure(record: Record, name: str, options: Namespace, folder: Path) -> None
             row.update(one(ways[way](model), case, reference))
             stock = row if way == "stock" else record.find("steps", case=name, way="stock", memory=memory())
             row["over_stock"] = round(stock["step_ms"] / row["step_ms"], 3) if stock and "step_ms" in stock else None
-    comfy.model_management.unload_all_models()
 
 
 def named(options: Namespace) -> dict[str, Callable[[ModelPatcher], ModelPatcher]]:
@@ -90,6 +88,7 @@ def one(model: ModelPatcher, case: Case, reference: list[torch.Tensor]) -> Row:
         "launch_ms": round(run.launch * 1e3, 2),
         "error": float(f"{error:.2e}"),
         "peak_gib": round(run.peak / 2**30, 2) if run.peak else None,
+        **({"disturbed": run.disturbed} if run.disturbed else {}),
         **said(run),
     }
 

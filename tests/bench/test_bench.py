@@ -99,9 +99,12 @@ def test_forwards_of_the_model_that_runs_are_timed_also_where_it_is_a_copy(comfy
 
 
 def test_kernels_have_a_kind_and_the_device_idles_where_none_runs(comfy: None) -> None:
-    from kernel_times import idle, kind
+    from kernel_times import STEPS, by_length, covered, idle, kind
 
     assert idle([(5.0, 6.0), (0.0, 2.0), (1.0, 4.0), (2.0, 3.0)]) == [1.0] and idle([]) == []
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 4.0)]) == 5.0 and covered([]) == 0.0
+    found = (1, 1e-3), (2, 5e-3), (0, 0), (0, 0), (1, 0.5)
+    assert by_length([1.0, 2.0, 3.0, 500.0]) == [[count / STEPS, round(ms / STEPS, 3)] for count, ms in found]
     names = ("nvjet_sm90_tst", "flash_fwd_kernel", "ncclDevKernel", "Memcpy DtoD", "triton_poi_fused_linear", "vectorized_add")
     assert [kind(name) for name in names] == ["matrices", "attention", "messages", "copies", "element by element", "element by element"]
 

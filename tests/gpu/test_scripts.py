@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu import first, processes
+from gpu import at_once, first, processes
 
 HERE = Path(__file__).resolve().parent
 HEADS = {"case": 8, "what": 8, "ok": 4, "figure": 8}
@@ -59,6 +59,27 @@ def test_what_to_run_first_ends_with_what_fails_unless_all_is_asked_for(capfd, m
     assert "P2P None WARN" in said and "P2P 1 WARN" in said and "FAIL (3)" in said and "three" not in said
     assert first.main(["--cpu", "--all"]) == 1 and first.main(["--cpu", "three"]) == 0
     assert "three" in capfd.readouterr().out
+
+
+def test_lanes_run_side_by_side_take_turns_and_end_in_time(tmp_path: Path, capsys, monkeypatch) -> None:
+    def says(name: str, code: str, turn: str = "beside") -> at_once.Command:
+        return at_once.Command(name, ("-c", f"import sys; {code}"), turn=turn)
+
+    lanes = {
+        "one": (says("fails", "sys.exit(3)"), says("goes on", "print('well')")),
+        "two": (says("hangs", "import time; time.sleep(60)"), says("late", "pass")),
+        "three": (says("own", "open(sys.argv[sys.argv.index('--out') + 1] + '/record', 'w').write(' '.join(sys.argv))", "own"),),
+    }
+    monkeypatch.setattr(at_once, "LANES", lanes)
+    began = time.monotonic()
+    assert at_once.main(["--out", str(tmp_path), "--minutes", "0.1", "--commit", "abc"]) == 3
+    assert time.monotonic() - began < 30
+    said = capsys.readouterr().out
+    assert "FAIL (3)" in said and "FAIL (late)" in said and "no time was left" in said
+    assert (tmp_path / "goes-on" / "log").read_text() == "well\n"
+    words = (tmp_path / "own" / "record").read_text()
+    assert f"--turns {tmp_path / 'turns'}" in words and words.endswith("--commit abc")
+    assert at_once.main(["--out", str(tmp_path / "again"), "one"]) == 1
 
 
 def test_what_to_run_first_is_what_the_page_lists() -> None:
