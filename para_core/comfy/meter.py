@@ -15,7 +15,8 @@ import torch
 from ..cache.rule import Record
 from ..stopwatch import Exchanged, Stopwatch
 
-TIMED = 2  # visits without a hit, after the first, in which messages are timed on CUDA, where that takes two events each
+TIMED = 2
+"""Visits without a hit, after the first and with known kernels, in which messages are timed on CUDA, where that takes two events each."""
 
 
 @dataclass
@@ -41,6 +42,10 @@ class Meter:
         self.visits: list[Visit] = []
         self.exchanged = Exchanged(device)
         self._forwards = Stopwatch(device)
+        self.opening: dict[str, float] = {}
+        """Seconds that the other ranks took before the first step, by what for."""
+        self.unsettled = False
+        """Whether the next forward is the first with its attention kernels: messages then wait until the other ranks have loaded them."""
         self._cpu = device.type != "cuda"
         self._timed = 0
         self._started: float | None = None
@@ -58,13 +63,23 @@ class Meter:
         self._stopped = time.perf_counter()
 
     @contextmanager
+    def open(self, what: str) -> Iterator[None]:
+        """Around a part of ``opening``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.opening[what] = round(self.opening.get(what, 0.0) + time.perf_counter() - began, 2)
+
+    @contextmanager
     def visit(self, sigma: torch.Tensor | None, forwards: int, records: list[Record]) -> Iterator[Visit]:
         """Around model calls that are computed together. ``records`` grows while they run."""
         if self._started is None:
             self._started = time.perf_counter()
         visit, known = Visit(sigma, forwards, []), len(records)
         exchanged = self.exchanged
-        exchanged.timing = self._cpu or bool(self.visits) and self._timed < TIMED
+        exchanged.timing = self._cpu or bool(self.visits) and not self.unsettled and self._timed < TIMED
+        self.unsettled = False
         messages, sent = len(exchanged.watch), exchanged.bytes
         with self._forwards.lap():
             yield visit

@@ -284,6 +284,7 @@ class Session:
             "cache": dataclasses.asdict(self.caching) if self.caching is not None and self.decisions is not None else None,
             "changes": [[record.sigma, list(record.changes), record.hit] for record in records],
             "exchange": self._exchange() if degrees.world > 1 else None,
+            "opening": self.meter.opening,
             "attention": self.chooser.report() if self.chooser is not None else [],
             "backend": self.attention.backend if self.attention is not None else None,
             "override": calls.title(previous) if previous is not None else None,
@@ -350,6 +351,7 @@ class Session:
         """Between two forwards: time attention kernels for the kinds of call that were new, and let the other ranks know."""
         if self.chooser is not None and self.chooser.timings.pending:
             kinds = (self.runner or self.chooser).measure(self.patcher.load_device)
+            self.meter.unsettled = bool(kinds)
             if split is not None:
                 split.kernels = {kind: self.chooser.timings.table[kind] for kind in kinds}
 

@@ -117,7 +117,8 @@ class Split:
 
     def _share_model(self, args: tuple) -> None:
         session = self.session
-        self.group.form(session.patcher.load_device, self.devices)
+        with session.meter.open("workers"):
+            self.group.form(session.patcher.load_device, self.devices)
         self._working = comfy.sampler_helpers.estimate_memory(*args[:3])[0]
         if session.parallel is not None and session.parallel.careful and (reason := self._loses(args[1], self.group.link)):
             session.notes.say(reason)
@@ -128,7 +129,8 @@ class Split:
             self.group.link()  # finds out where messages do not arrive; weights would be waited for without end
         session.runner.override.ways.machine = self._machine()
         self.group.measure(session.meter.exchanged)
-        sidecars.load(session.patcher, self._working)
+        with session.meter.open("model"):
+            sidecars.load(session.patcher, self._working)
         self.group.begin(
             model=sidecars.model_id(session.patcher),
             attention=session.attention.backend if session.attention else None,

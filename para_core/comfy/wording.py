@@ -81,9 +81,12 @@ def _ranks(report: dict[str, Any]) -> str:
     sent = f"{exchange['bytes'] / 1e6:.3g} MB sent a forward by the first rank"
     sent += ", q, k and v as int8" if exchange["wire"] else ""
     sent += f", heads in up to {exchange['parts']} parts" if exchange["parts"] > 1 else ""
+    opening = report["opening"]
+    times = f"other ranks there after {opening['workers']:.2g} s, the model on them after {opening['model']:.2g} s"
+    ready = f"\n      before the first step: {times}"
     if exchange["share"] is None:
-        return f"Ranks: {many}; {sent}, the time for it was not measured"
-    return f"Ranks: {many}; exchange and waiting {exchange['share']:.0%} of the time, {sent}"
+        return f"Ranks: {many}; {sent}, the time for it was not measured{ready}"
+    return f"Ranks: {many}; exchange and waiting {exchange['share']:.0%} of the time, {sent}{ready}"
 
 
 def _cache(report: dict[str, Any]) -> str:

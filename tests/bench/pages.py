@@ -67,15 +67,18 @@ def results(records: list[Record]) -> str:
 
 
 def newest(records: list[Record], table: str, order: list[str] | None = None) -> Found:
-    """Of each case of ``table``, the rows of the newest record that has measured any."""
-    found: dict[str, tuple[dict[str, str], list[Row]]] = {}
+    """Of each case of ``table`` and number of devices, the rows of the newest record that has measured any."""
+    found: dict[tuple[str, str], tuple[dict[str, str], list[Row]]] = {}
     for record in records:
+        count = record.machine.get("device", "").partition(" x ")[0]
         for case in dict.fromkeys(row.get("case", "") for row in record.tables.get(table, [])):
             rows = [row for row in record.tables[table] if row.get("case", "") == case]
-            if case not in found and any("failed" not in row for row in rows):
-                found[case] = (record.machine, rows)
-    cases = sorted(found, key=order.index) if order and set(found) <= set(order) else list(found)
-    return [(found[case][0], case, found[case][1]) for case in cases]
+            if (case, count) not in found and any("failed" not in row for row in rows):
+                found[case, count] = (record.machine, rows)
+    keys = list(found)
+    if order and all(case in order for case, _ in keys):
+        keys.sort(key=lambda key: (order.index(key[0]), key[1]))
+    return [(found[key][0], key[0], found[key][1]) for key in keys]
 
 
 def where(machine: dict[str, str], memory: str = "") -> str:

@@ -100,6 +100,8 @@ def said(run: Run) -> Row:
         return {}
     kernels = sorted({name for name, _, _ in report["kernels"]})
     found: Row = {"kernels": ", ".join(kernels), "replays": report["replays"], "ranks": report["ranks"]}
+    if report["opening"]:
+        found["opening_s"] = report["opening"]
     if report["exchange"]:
         found["exchange_share"] = report["exchange"]["share"]
     return found | ({"notes": report["notes"]} if report["notes"] else {})

@@ -195,6 +195,14 @@ def test_pages_show_the_newest_record_of_a_case_with_other_packages_and_failures
         assert results.index(pages.TITLES["flux-1024"]) < results.index(pages.TITLES["wan-480p"])
 
 
+def test_a_later_record_of_several_devices_leaves_the_tables_of_one() -> None:
+    one = made("2026-01-01T10:00", steps=[step("stock", 200.0)])
+    two = made("2026-01-01T11:00", steps=[step("stock", 190.0), step("2 ranks, exact, graph", 100.0, ranks=2)])
+    two.machine["device"] = "2 x NVIDIA H200"
+    results = pages.pages([two, one])["tests/bench/RESULTS.md"]
+    assert results.count(pages.TITLES["flux-1024"]) == 2 and results.index("| stock | 200.0") < results.index("| stock | 190.0")
+
+
 def test_numbers_of_the_cpu_are_not_shown_as_speed() -> None:
     record = made("2026-01-01T11:00", steps=[step("stock", 200.0)])
     record.machine["device"] = "x86_64 CPU"

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
-import pytest
 from turns import Turns
-
-TURNS = Path(__file__).with_name("turns.py")
 
 
 def in_thread(act) -> threading.Thread:
@@ -67,20 +62,3 @@ def test_one_that_hangs_is_not_waited_for_without_end_and_that_is_said(tmp_path:
     hangs, other = Turns(tmp_path), Turns(tmp_path, patience=0.1)
     with other.alone():
         assert other.disturbed == 1 and not hangs.disturbed
-
-
-@pytest.mark.parametrize("first", [[], ["--alone"]])
-def test_a_command_takes_a_turn_and_its_exit_status_is_kept(tmp_path: Path, first: list[str]) -> None:
-    said = tmp_path / "said"
-    code = f"open({str(said)!r}, 'w'); raise SystemExit(3)"
-    call = [sys.executable, str(TURNS), *first, str(tmp_path / "turns"), sys.executable, "-c", code]
-    other = Turns(tmp_path / "turns")
-    with other.alone():
-        process = subprocess.Popen(call)
-        time.sleep(0.3)
-        assert process.poll() is None and not said.exists()
-    if first:
-        time.sleep(0.3)
-        assert process.poll() is None and not said.exists(), "the other one gets ready"
-        other._used.close()
-    assert process.wait(10) == 3 and said.exists()

@@ -1,8 +1,5 @@
 """Several measurements on one machine: getting ready is done side by side, what is timed has the machine to itself.
 
-    python tests/bench/turns.py FOLDER COMMAND ...            COMMAND beside others that get ready
-    python tests/bench/turns.py --alone FOLDER COMMAND ...    COMMAND while nothing else runs
-
 Processes that joined the same folder take turns by two locked files (flock), which a process leaves free however it ends. Whoever
 wants to be alone goes before those that want to go on getting ready: else each would wait for the other's next compilation. One
 that hangs holds the others up for ``PATIENCE`` seconds; then they go on as if it were not there, and say so.
@@ -12,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -112,17 +108,3 @@ def alone() -> Iterator[None]:
     else:
         with joined.alone():
             yield
-
-
-def main(arguments: list[str]) -> int:
-    first = arguments[:1] == ["--alone"]
-    folder, *command = arguments[first:]
-    turns = Turns(Path(folder))
-    if not first:
-        return subprocess.run(command, check=False).returncode
-    with turns.alone():
-        return subprocess.run(command, check=False).returncode
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

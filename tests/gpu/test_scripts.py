@@ -62,24 +62,22 @@ def test_what_to_run_first_ends_with_what_fails_unless_all_is_asked_for(capfd, m
 
 
 def test_lanes_run_side_by_side_take_turns_and_end_in_time(tmp_path: Path, capsys, monkeypatch) -> None:
-    def says(name: str, code: str, turn: str = "beside") -> at_once.Command:
-        return at_once.Command(name, ("-c", f"import sys; {code}"), turn=turn)
+    def says(name: str, code: str, *, timed: bool = False) -> at_once.Command:
+        return at_once.Command(name, ("-c", f"import sys; {code}"), timed=timed)
 
-    lanes = {
-        "one": (says("fails", "sys.exit(3)"), says("goes on", "print('well')")),
-        "two": (says("hangs", "import time; time.sleep(60)"), says("late", "pass")),
-        "three": (says("own", "open(sys.argv[sys.argv.index('--out') + 1] + '/record', 'w').write(' '.join(sys.argv))", "own"),),
-    }
-    monkeypatch.setattr(at_once, "LANES", lanes)
+    record = "open(sys.argv[sys.argv.index('--out') + 1] + '/record', 'w').write(' '.join(sys.argv))"
+    monkeypatch.setattr(at_once, "TIMED", {"one": (says("fails", "sys.exit(3)"), says("timed", record, timed=True))})
+    right = {"two": (says("hangs", "import time; time.sleep(60)"), says("late", "pass")), "three": (says("goes-on", "print('well')"),)}
+    monkeypatch.setattr(at_once, "RIGHT", right)
     began = time.monotonic()
     assert at_once.main(["--out", str(tmp_path), "--minutes", "0.1", "--commit", "abc"]) == 3
     assert time.monotonic() - began < 30
     said = capsys.readouterr().out
     assert "FAIL (3)" in said and "FAIL (late)" in said and "no time was left" in said
     assert (tmp_path / "goes-on" / "log").read_text() == "well\n"
-    words = (tmp_path / "own" / "record").read_text()
+    words = (tmp_path / "timed" / "record").read_text()
     assert f"--turns {tmp_path / 'turns'}" in words and words.endswith("--commit abc")
-    assert at_once.main(["--out", str(tmp_path / "again"), "one"]) == 1
+    assert at_once.main(["--out", str(tmp_path / "again"), "one"]) == 1 and not (tmp_path / "again" / "goes-on").exists()
 
 
 def test_what_to_run_first_is_what_the_page_lists() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from para_core.cache.rule import Record
+from para_core.comfy import meter as meter_module
 from para_core.comfy.meter import Meter
 from para_core.stopwatch import Stopwatch
 
@@ -82,6 +83,26 @@ def test_on_cuda_the_exchange_is_timed_after_the_first_step_until_two_were_compu
     assert found["seconds"] == pytest.approx(0.061) and found["of_seconds"] == pytest.approx(0.061 + 0.18)
     assert found["share"] == pytest.approx(0.061 / 0.241, abs=1e-3) and found["bytes"] == 1000
     assert [entry["seconds"] for entry in meter.steps()] == pytest.approx([0.56, 0.061, 0.08, 0.1, 0.96])
+
+
+def test_a_forward_whose_kernels_the_other_ranks_have_yet_to_load_is_not_timed(device):
+    meter = Meter(CUDA)
+    for number, exchange in enumerate((500.0, 900.0, 20.0)):
+        meter.unsettled = number == 1
+        step(meter, device, 1 - number / 3, exchange, 60.0)
+    found = meter.exchange()
+    assert found["seconds"] == pytest.approx(0.02) and found["of_seconds"] == pytest.approx(0.08)
+
+
+def test_what_comes_before_the_first_step_is_added_up(device, monkeypatch):
+    clock = iter([0.0, 2.0, 5.0, 5.5])
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: next(clock))
+    meter = Meter(CUDA)
+    with pytest.raises(OSError), meter.open("workers"):
+        raise OSError
+    with meter.open("workers"):
+        pass
+    assert meter.opening == {"workers": 2.5}
 
 
 def test_steps_that_a_graph_replayed_tell_nothing_about_the_exchange(device):
