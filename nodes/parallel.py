@@ -11,7 +11,7 @@ COUNT = {"default": 0, "min": 0, "max": 64}  # of GPUs; 0 = choose
 
 
 class ParaParallel(io.ComfyNode):
-    """Every sampling step is shared by several GPUs of this machine; the result stays the same."""
+    """Every sampling step is shared by several GPUs of this machine; the result stays the same up to rounding."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

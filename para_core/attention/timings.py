@@ -90,7 +90,8 @@ class Timings:
         if known is None:
             return None
         exact = {backend.name: backend.exact for backend in self.backends}
-        return tuple(sorted(known, key=lambda name: known[name] * (1.0 if exact.get(name, True) else MARGIN)))
+        coarse = {backend.name for backend in self.backends if backend.on_request}  # timed by an earlier release
+        return tuple(sorted(known.keys() - coarse, key=lambda name: known[name] * (1.0 if exact.get(name, True) else MARGIN)))
 
     def seconds(self, request: Request, name: str, *, batch: int) -> float | None:
         """What backend ``name`` takes for such a call of ``batch`` rows, by what was measured; None where nothing was."""
@@ -149,7 +150,7 @@ class Timings:
             assert function is not None
             return function(q, k, v, mask=mask, scale=None)
 
-        calls = {backend.name: partial(run, backend) for backend in self.backends if takes(backend, request)}
+        calls = {backend.name: partial(run, backend) for backend in self.backends if takes(backend, request) and not backend.on_request}
         while calls:
             try:
                 return figures(contest(calls, partial(self.timer, device=device)))

@@ -311,7 +311,8 @@ def _tell_nccl() -> None:
     is not supported", nccl issue 1838): the old way needs nothing but room. Elsewhere the new one ends sooner after an abort.
     """
     wanted = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_GRAPH_REGISTER": "0"}
-    if roomy() and apart():
+    told = os.environ.get("NCCL_P2P_DISABLE", "0") != "0"  # by the user, as we advise where P2P does not work
+    if roomy() and (told or apart()):
         wanted["NCCL_CUMEM_HOST_ENABLE"] = "0"
     for name, value in wanted.items():
         os.environ.setdefault(name, value)

@@ -360,7 +360,7 @@ def kandinsky_5(name: str, info: dict) -> str:
     vae = make.sheet.add("VAELoader", 0, True, vae_name=file)
     prompts = make.prompts(clip, FOX, POOR_VIDEO)
     latent = make.sheet.add("EmptyHunyuanLatentVideo", 2, True, width=768, height=512, length=121)
-    return make.result(make.sample(model, prompts, latent, 50, 5.0, "euler_ancestral", "beta"), vae, fps=24.0)
+    return make.result(make.sample(model, prompts, latent, 50, 5.0, "euler", "beta"), vae, fps=24.0)
 
 
 def omnigen2(name: str, info: dict) -> str:

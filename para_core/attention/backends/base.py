@@ -63,6 +63,8 @@ class Backend:
     """Why it cannot take such a call, or None. Asked only where ``probe`` found it."""
     run: Run
     run_lse: RunLse | None = None
+    on_request: bool = False
+    """Never chosen for its speed alone: too coarse for that."""
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

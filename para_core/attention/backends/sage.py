@@ -89,7 +89,8 @@ def _function():
 BACKEND = Backend(
     "sage",
     False,
-    "pip install sageattention==2.2.0 --no-build-isolation (needs nvcc), or pip install sageattention for version 1 (Triton, no ring)",
+    "pip install git+https://github.com/thu-ml/SageAttention --no-build-isolation for version 2 (needs nvcc), "
+    "or pip install sageattention for version 1 (Triton, no ring)",
     _probe,
     _refuse,
     run,

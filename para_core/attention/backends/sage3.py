@@ -1,4 +1,4 @@
-"""SageAttention 3 (arXiv 2505.11594): FP4 on Blackwell. Faster and coarser than version 2, so only on request."""
+"""SageAttention 3 (arXiv 2505.11594): FP4 on Blackwell. Faster and coarser than version 2, so only on request: `sage` without version 1 or 2."""
 
 from __future__ import annotations
 
@@ -50,4 +50,12 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor
     return module.sageattn3_blackwell(q, k, v, is_causal=False)
 
 
-BACKEND = Backend("sage3", False, "build sageattention3_blackwell from https://github.com/thu-ml/SageAttention", _probe, _refuse, run)
+BACKEND = Backend(
+    "sage3",
+    False,
+    "build sageattention3_blackwell from https://github.com/thu-ml/SageAttention",
+    _probe,
+    _refuse,
+    run,
+    on_request=True,
+)

@@ -106,6 +106,15 @@ def test_a_kernel_that_fails_is_left_out_and_one_without_log_sum_exp_is_not_aske
     assert made.ranked(ring) == ("better", "good") and set(clock.calls) == {"good", "better"}
 
 
+def test_a_kernel_that_is_there_on_request_only_is_neither_timed_nor_preferred():
+    coarse = replace(backend("coarse", error=AssertionError("is not called")), on_request=True)
+    made, _ = table(coarse, "good", "better", good=2.0, better=1.0)
+    made.ranked(CALL)
+    made.measure(CPU)
+    made.table[kind(CALL)]["coarse"] = 0.1  # as an earlier release has remembered it
+    assert made.ranked(CALL) == ("better", "good")
+
+
 def test_where_all_kernels_fail_and_where_no_memory_is_left_the_kind_is_done(caplog):
     failing = backend("bad", error=RuntimeError("no"))
     full = backend("full", error=torch.cuda.OutOfMemoryError("none left"))

@@ -183,24 +183,27 @@ NVLINK, BRIDGES = {(0, 1), (0, 2), (1, 2)}, {(0, 1)}  # who reaches whom, of thr
 @pytest.mark.parametrize(
     ("size", "cards", "reach", "users", "found"),
     [
-        (2**30, 2, set(), None, "0"),
-        (2**30, 3, BRIDGES, None, "0"),
-        (2**30, 3, NVLINK, None, None),
-        (2**30, 1, set(), None, None),
-        (64 * 2**20, 2, set(), None, None),
-        (None, 2, set(), None, None),
-        (2**30, 2, set(), "1", "1"),
+        (2**30, 2, set(), {}, "0"),
+        (2**30, 3, BRIDGES, {}, "0"),
+        (2**30, 3, NVLINK, {}, None),
+        (2**30, 1, set(), {}, None),
+        (64 * 2**20, 2, set(), {}, None),
+        (None, 2, set(), {}, None),
+        (2**30, 2, set(), {"NCCL_CUMEM_HOST_ENABLE": "1"}, "1"),
+        (2**30, 3, NVLINK, {"NCCL_P2P_DISABLE": "1"}, "0"),
+        (2**30, 3, NVLINK, {"NCCL_P2P_DISABLE": "0"}, None),
+        (64 * 2**20, 3, NVLINK, {"NCCL_P2P_DISABLE": "1"}, None),
     ],
 )
 def test_gpus_that_do_not_reach_each_other_share_host_memory_in_the_way_that_every_driver_knows(
     size, cards, reach, users, found, monkeypatch
 ):
     """Where there is room: the other way takes none of it."""
-    for name in ("NCCL_SOCKET_IFNAME", "NCCL_GRAPH_REGISTER", "NCCL_CUMEM_HOST_ENABLE"):
+    for name in ("NCCL_SOCKET_IFNAME", "NCCL_GRAPH_REGISTER", "NCCL_CUMEM_HOST_ENABLE", "NCCL_P2P_DISABLE"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
-    if users is not None:
-        monkeypatch.setenv("NCCL_CUMEM_HOST_ENABLE", users)
+    for name, value in users.items():
+        monkeypatch.setenv(name, value)
     shared_memory(monkeypatch, size)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: tuple(sorted((one, other))) in reach)
