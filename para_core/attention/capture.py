@@ -39,7 +39,7 @@ def is_captured(backend: Backend, device: torch.device, dtype: torch.dtype, head
         out.zero_()
         graph.replay()
         torch.cuda.synchronize(device)
-    except RuntimeError as error:
+    except Exception as error:  # noqa: BLE001  kernels of others raise anything; one that cannot run at all shows at the call itself
         log.info("attention backend %s cannot be captured: %s", backend.name, first_line(error))
         return False
     return bool(torch.linalg.vector_norm(out.float() - expected.float()) <= 1e-2 * torch.linalg.vector_norm(expected.float()))

@@ -63,6 +63,7 @@ class SelfCheck:
             self._watch(name, out)
             return None
         self._done.add(key)
+        self._total(name, out)  # made here, where nothing is captured: what a failed capture has made was never written
         self.compared += 1
         rows = _spread(q.shape[2], q.device)
         rows_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
@@ -87,10 +88,12 @@ class SelfCheck:
 
     def _watch(self, name: str, out: torch.Tensor) -> None:
         """Add a few rows of ``out`` to a running sum on the device: NaN and infinity stay visible in it."""
-        total = self._sums.get((name, out.device))
-        if total is None:
-            total = self._sums[name, out.device] = torch.zeros((), device=out.device)
-        total.add_(out[:, :, :: max(1, out.shape[2] // ROWS)].sum(dtype=torch.float32))
+        self._total(name, out).add_(out[:, :, :: max(1, out.shape[2] // ROWS)].sum(dtype=torch.float32))
+
+    def _total(self, name: str, out: torch.Tensor) -> torch.Tensor:
+        if (name, out.device) not in self._sums:
+            self._sums[name, out.device] = torch.zeros((), device=out.device)
+        return self._sums[name, out.device]
 
     def broken(self) -> list[str]:
         """The backends whose output held NaN or infinity since the last look. Waits for the device."""

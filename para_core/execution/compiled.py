@@ -23,7 +23,6 @@ from .inductor import for_ranks, inductor
 from .operation import number
 from .override import AttentionOverride
 
-
 class CompiledBlocks:
     """Compiled forwards on the blocks of ``hooks``; ``remove()`` deletes them. ``option``: the options key of an override.
 
@@ -80,7 +79,7 @@ class CompiledBlocks:
                     self.failure = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                     self._say(f"Blocks run as they are, because {type(block).__name__} could not be compiled: {self.failure}")
                     log.info("what the compiler said: %s", error)
-                except torch._dynamo.exc.FailOnRecompileLimitHit:
+                except limit_hit():
                     self.failure = "torch keeps no more versions of it; when ComfyUI is started again there is room for others"
                     self._say(f"Blocks run as they are, because {type(block).__name__} could not be compiled: {self.failure}.")
             return type(block).forward(block, *args, **kwargs)
@@ -90,6 +89,12 @@ class CompiledBlocks:
     def remove(self) -> None:
         while self._undo:
             self._undo.pop()()
+
+
+def limit_hit() -> tuple[type[Exception], ...]:
+    """What torch raises where it keeps no more versions of a block: its name has changed, and an old torch may have neither."""
+    names = "FailOnRecompileLimitHit", "FailOnCacheLimitHit"
+    return tuple(getattr(torch._dynamo.exc, name) for name in names if hasattr(torch._dynamo.exc, name))
 
 
 def mark(module: torch.nn.Module, exchanged: dict[str, Any]) -> Callable[[], None]:

@@ -68,7 +68,8 @@ class Constants(TorchDispatchMode):
         if self.answering and key in self.held:
             return self.held[key].clone()
         made = make()
-        self.held[key] = made.clone()
+        if key not in self.held:  # a capture may read what is held, whose memory nothing else keeps
+            self.held[key] = made.clone()
         return made
 
 

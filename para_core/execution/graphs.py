@@ -15,7 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..attention.capture import abandon
 from ..cache.first_block import FirstBlockCache
@@ -27,7 +27,7 @@ forward, and where the cache decides, the processor may have waited until the de
 LIMIT = 4  # captures alive at once; each holds the activations of its shape
 WARM = 1  # forwards of a shape before it is captured: libraries initialise and kernels are compiled in them
 
-Forward = Callable[..., torch.Tensor | None]
+Forward = Callable[..., Any]  # a tensor, a list of them, or None
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Capture:
     sections: list[list[torch.cuda.CUDAGraph]]
     inputs: list[torch.Tensor]
     taps: list[list[torch.Tensor]]
-    output: torch.Tensor | None = None
+    output: Any = None
 
     def replay(self, cache: FirstBlockCache | None) -> None:
         if cache is None or cache.step is None:
@@ -127,6 +127,8 @@ class Graphs:
         self.replays = 0
         self.failure: str | None = None
         self._seen: dict[Hashable, int] = {}
+        self._gone: set[Hashable] = set()
+        """Calls whose capture had to make way. They run as they are: shapes in turn would else be captured anew every time."""
         self._pool: Any = None
         self._recorder: Recorder | None = None  # of the forward that is being captured
 
@@ -137,7 +139,7 @@ class Graphs:
 
     def run(
         self, call: Forward, args: tuple, kwargs: dict[str, Any], *context: Hashable, cache: FirstBlockCache | None = None
-    ) -> torch.Tensor | None:
+    ) -> Any:
         """``call(*args, **kwargs)``, by replay where a call like this one has been captured; a hit of ``cache`` skips a part."""
         leaves, tree = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -148,7 +150,7 @@ class Graphs:
         capture = self.captures.get(key)
         if capture is None:
             self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] <= WARM:
+            if self._seen[key] <= WARM or key in self._gone:
                 with self.constants:
                     return call(*args, **kwargs)
             failure = None
@@ -164,11 +166,11 @@ class Graphs:
             static.copy_(tensor)
         capture.replay(cache)
         self.replays += 1
-        return None if capture.output is None else capture.output.clone()
+        return tree_map_only(torch.Tensor, torch.clone, capture.output)
 
     def _capture(self, key: Hashable, call: Forward, leaves: list[Any], tree: Any, cache: FirstBlockCache | None) -> Capture:
         while len(self.captures) >= LIMIT:
-            self.captures.popitem(last=False)
+            self._gone.add(self.captures.popitem(last=False)[0])
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -199,7 +201,7 @@ class Graphs:
         self.captures[key] = Capture(recorder.sections, inputs, recorder.taps, output)
         return self.captures[key]
 
-    def _uncaptured(self, failure: str, call: Forward, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    def _uncaptured(self, failure: str, call: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The call as it is, and no more captures in this run: unless it fails as well, which then was not the capture's fault."""
         self.drop()
         torch.cuda.synchronize()
@@ -213,5 +215,6 @@ class Graphs:
         """Forget every capture and free what they hold."""
         self.captures.clear()
         self._seen.clear()
+        self._gone.clear()
         self.constants.held.clear()
         self._pool = None

@@ -17,5 +17,6 @@ PLAN = Plan(
         ),
     ),
     streams=("img",),
+    options=("rope_options",),
     heads="visual_transformer_blocks.0.self_attention.num_heads",
 )

@@ -18,5 +18,6 @@ PLAN = Plan(
     models=("diffusionmodules.openaimodel.UNetModel", "ldm.aura.mmdit.MMDiT", "ldm.ernie.model.ErnieImageModel"),
     stacks=(),
     streams=(),
+    options=("rope_options",),  # Ernie-Image's
     decline=decline,
 )

@@ -185,6 +185,25 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_that_is_said_once(tin
         found.remove()
 
 
+def test_what_else_a_block_raises_goes_on_as_it_is_whatever_names_torch_has(tiny, monkeypatch):
+    """Out of memory must look like it to ComfyUI, a lost rank like one to the group, and a failed capture to the graphs."""
+    make, call = tiny
+    model, extra = make("wan")
+
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("20 GiB")
+
+    monkeypatch.setattr(torch, "compile", lambda _function, **_options: full)
+    for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit"):
+        monkeypatch.delattr(torch._dynamo.exc, name, raising=False)
+    with torch.inference_mode():
+        found = runner("wan", model)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(found, model, call("wan"), extra)
+        found.remove()
+    assert not said
+
+
 def test_more_kinds_of_input_than_torch_compiles_for_run_as_they_are_and_that_is_said(tiny):
     make, call = tiny
     model, extra = make("wan")

@@ -31,6 +31,16 @@ def test_a_copy_is_made_once_and_answered_from_then_on(way, inference):
     assert [(one.shape, one.dtype, one.device) for one in again] == [(one.shape, one.dtype, one.device) for one in first]
 
 
+def test_what_a_capture_may_read_stays_when_another_shape_is_warmed():
+    constants, held = Constants("meta"), []
+    for answering in (False, True, False, False):
+        constants.answering = answering
+        with constants:
+            torch.arange(4).to("meta")
+        held += constants.held.values()
+    assert len(held) == 4 and all(one is held[0] for one in held)
+
+
 def test_another_content_is_copied_after_all():
     constants = Constants("meta")
     with constants:

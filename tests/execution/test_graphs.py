@@ -164,6 +164,28 @@ def test_as_many_captures_are_alive_as_are_allowed_the_latest_used_ones(graphs, 
     assert torch.equal(graphs.run(model, (rows(2),), {}), model.expected(rows(2))) and model.calls == calls + 1
 
 
+def test_shapes_in_turn_are_not_captured_anew_each_time(graphs, model, card):
+    """One more than captures are kept for, in a fixed order: the one used last is always the one that is needed next."""
+    for step in range(8):
+        for count in range(1, LIMIT + 2):
+            assert torch.equal(graphs.run(model, (rows(count, step),), {}), model.expected(rows(count, step)))
+    assert card.begun == LIMIT + 1 and model.calls == (LIMIT + 1) * (WARM + 1) + 8 - WARM - 1
+    graphs.drop()
+    captured(graphs, model, rows(1))
+    assert card.begun == LIMIT + 2, "after other weights or kernels all begin anew"
+
+
+def test_a_model_may_give_several_tensors_or_none(graphs, model):
+    """As LTX-2 does, a picture and a sound."""
+    for seed in range(WARM + 3):
+        found = graphs.run(lambda x: [model(x), (x * 2, None)], (rows(4, seed),), {})
+        if seed:
+            assert torch.equal(kept[0], model.expected(rows(4, seed - 1))), "a result stays as it is"
+        kept = found
+        assert torch.equal(found[0], model.expected(rows(4, seed))) and torch.equal(found[1][0], rows(4, seed) * 2) and found[1][1] is None
+    assert graphs.replays == 3
+
+
 def test_all_captures_of_all_runs_are_made_on_one_stream(graphs, model, card):
     """cuBLAS keeps memory for every stream it has been used on."""
     for count in range(1, 4):
@@ -242,11 +264,13 @@ def test_a_capture_that_CUDA_has_called_off_is_one_for_torch_s_allocator_too(gra
     assert said == ["This run goes on without CUDA graphs: CUDA error: operation not permitted when stream is capturing"]
 
 
-@pytest.mark.parametrize(("kernel", "held"), [("plain", True), ("on another stream", False), ("refused", False)])
+@pytest.mark.parametrize(("kernel", "held"), [("plain", True), ("on another stream", False), ("refused", False), ("broken", False)])
 def test_a_kernel_that_a_graph_does_not_hold_is_found_out(card, kernel, held):
     from para_core.attention.capture import is_captured
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_options) -> torch.Tensor:
+        if kernel == "broken":
+            raise AssertionError("SM89 kernel is not available")
         graph, card.recording.graph = card.recording.graph, None if kernel == "on another stream" else card.recording.graph
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         card.recording.graph = graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from functools import cache
 from types import ModuleType
@@ -35,6 +36,26 @@ def functions(holder: type | ModuleType) -> str:
     home = getattr(holder, "__module__", holder.__name__)
     found = [one for one in vars(holder).values() if inspect.isfunction(one) and one.__module__ == home]
     return "\n".join(map(inspect.getsource, found))
+
+
+# set by the family's own forward, or looked for by the library itself
+OWN = {"patches", "patches_replace", "block_index", "block_type", "total_blocks", "img_slice", "grid_sizes"}
+OWN |= {"reference_image_num_tokens", "model_patch_data"}
+
+
+@pytest.mark.usefixtures("comfy")
+def test_options_that_a_family_reads_are_in_its_plan() -> None:
+    """All others are taken away before a capture, and out of compiled blocks."""
+    from para_core.plans import plan_for
+
+    missing = []
+    for case, build in CASES.items():
+        model = build()[0]
+        plan, text = plan_for(model), source(model)
+        assert plan is not None
+        read = set(re.findall(r"""transformer_options(?:\.get\(|\[)["'](\w+)""", text))
+        missing += [f"{case}: {name}" for name in sorted(read - OWN - set(plan.options))]
+    assert not missing
 
 
 @pytest.mark.usefixtures("comfy")
