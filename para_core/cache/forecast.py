@@ -8,7 +8,8 @@ out, between 0 (the last result stays) and 1 (the line).
 
 How wrong that guess would have been is measured too. The error of a line through s0 and s1 grows like |(s - s0)(s - s1)|,
 so the last one says what to expect of the next steps. A step of the sampler from s to s' moves the latent by about
-(s - s') times the result. The expected errors of foretold steps, each times that distance, are added up since the last
+(s - s') times the result, where s is the share of noise in the latent, and by some factor of it for models that do not give
+the velocity along that share (``Scale``). The expected errors of foretold steps, each times that distance, are added up since the last
 computed step, in percent; a step whose sum would reach the threshold is computed. That something is added up between
 computed steps is the idea of TeaCache (arXiv 2411.19108) and EasyCache (arXiv 2507.02860); they add up how much changes,
 this adds up how much of it the guess did not foresee.
@@ -17,7 +18,7 @@ this adds up how much of it the guess did not foresee.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,6 +29,32 @@ from .reading import Reading
 
 LINE = ORDERS["taylor"]
 CAUTION = 0.8  # the best share at one computed step is often too much at the next; measured, see tests/bench/RESULTS.md
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a kind of model counts noise. ``ratio``: its levels are sigma, noise over signal in a latent x = signal + sigma * noise.
+
+    Rules are applied to u, the share of noise in x / (1 + sigma): 0 to 1 for every kind, and the level itself for flow matching.
+    ``weight(sigma)``: how far a step moves that latent for a unit of the result, over how far it goes in u. From dx / dsigma =
+    (x - denoised) / sigma, of which the result has the part c(sigma), it is c(sigma) * (1 + sigma).
+    """
+
+    ratio: bool
+    weight: Callable[[float], float] = lambda _sigma: 1.0
+
+    def level(self, sigma: float) -> float:
+        return sigma / (1 + sigma) if self.ratio else sigma
+
+
+FLOW = Scale(ratio=False)
+FLOW_BY_RATIO = Scale(ratio=True)
+NOISE = Scale(ratio=True, weight=lambda sigma: 1 + sigma)
+
+
+def velocity(data: float = 1.0) -> Scale:
+    """Of models that give v (arXiv 2202.00512), or what EDM's do (arXiv 2206.00364), of data with that deviation."""
+    return Scale(ratio=True, weight=lambda sigma: (1 + sigma) * data / math.hypot(sigma, data))
 
 
 class Measured:
@@ -120,5 +147,8 @@ class Forecast:
 
 
 def distance(sigma: float, schedule: Iterable[float], largest: float) -> float:
-    """How far a sampler goes from ``sigma`` to the next lower level of its schedule, as a share of the ``largest`` level."""
+    """How far a sampler goes from ``sigma`` to the next lower level of its schedule, as a share of the ``largest`` level.
+
+    All of one ``Scale``.
+    """
     return (sigma - max((level for level in schedule if level < sigma), default=0.0)) / largest

@@ -10,24 +10,37 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..attention.choice import Chooser
+from ..plans import PlanError, plan_for
 from ..settings import Compile
-from . import calls, static
+from . import calls, objects, static
 
 
 def chosen(patcher: ModelPatcher) -> Compile:
     """Both where weights stay on an NVIDIA GPU and torch's compiler has what it needs there."""
     if patcher.load_device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
         return Compile("off")
-    if patcher.model.model_lowvram or (patcher.is_dynamic() and not static.possible(patcher)):
+    if patcher.is_dynamic() and (not static.possible(patcher) or objects.code(patcher)):
+        return Compile("off")
+    if patcher.model.model_lowvram and not static.small(patcher):  # of the last prompt: what is small may be loaded whole this time
         return Compile("off")
     return Compile("compile+graph")
 
 
 def settled(setting: Compile, patcher: ModelPatcher, options: dict[str, Any]) -> bool:
-    """Whether a run with these transformer options can do better with weights that stay where they are, and can have them."""
-    if not static.possible(patcher) or calls.first_patch(options):
+    """Whether a run with these transformer options can do better with weights that stay where they are, and can have them.
+
+    Not where nodes have put code into the model, which may be bound to layers of the one that is streamed.
+    """
+    if not static.possible(patcher) or calls.first_patch(options) or objects.code(patcher):
         return False
-    return setting.blocks or (setting.graph and torch.cuda.get_allocator_backend() != "cudaMallocAsync")
+    plan = plan_for(patcher.model.diffusion_model)
+    if plan is None:
+        return False
+    try:
+        blocks = setting.blocks and bool(plan.stacks) and not objects.block_method(patcher, plan)
+    except PlanError:
+        return False
+    return blocks or (setting.graph and torch.cuda.get_allocator_backend() != "cudaMallocAsync")
 
 
 def against_graphs(patcher: ModelPatcher, chooser: Chooser, code: str = "") -> str:

@@ -6,19 +6,36 @@ import math
 from collections.abc import Hashable
 from typing import Any
 
+import comfy.model_sampling
 import torch
 
 from ..cache.first_block import Chunk, chunks
-from ..cache.forecast import Forecast, distance
+from ..cache.forecast import FLOW, FLOW_BY_RATIO, NOISE, Forecast, Scale, distance, velocity
 from ..cache.rule import Decisions, decide
 from .calls import ModelCall, tensors
 
 
-class Forecaster:
-    """Decides and answers for whole model calls, before any rank sees them. ``largest``: the model's highest noise level."""
+def scale(sampling: Any) -> Scale | None:
+    """How a model with this ``model_sampling`` counts noise; None: nobody knows, as where it gives pictures and no direction."""
+    known = {
+        comfy.model_sampling.CONST: FLOW,
+        comfy.model_sampling.COSMOS_RFLOW: FLOW_BY_RATIO,
+        comfy.model_sampling.EPS: NOISE,
+        comfy.model_sampling.V_PREDICTION: velocity(getattr(sampling, "sigma_data", 1.0)),
+        comfy.model_sampling.EDM: velocity(getattr(sampling, "sigma_data", 1.0)),
+        comfy.model_sampling.V_PREDICTION_DDPM: velocity(),
+    }
+    return next((own for kind, own in known.items() if type(sampling).calculate_denoised is kind.calculate_denoised), None)
 
-    def __init__(self, decisions: Decisions, largest: float):
-        self.decisions, self.largest = decisions, largest
+
+class Forecaster:
+    """Decides and answers for whole model calls, before any rank sees them. ``sampling``: the model's, of a known ``scale``."""
+
+    def __init__(self, decisions: Decisions, sampling: Any):
+        known = scale(sampling)
+        assert known is not None, "who makes this has asked"
+        self.decisions, self.scale = decisions, known
+        self.largest = 1.0 if known.ratio else float(sampling.sigma_max)
         self.forecast = Forecast()
         self._shapes: dict[Hashable, Hashable] = {}
         self._totals: list[float] = []
@@ -37,8 +54,9 @@ class Forecaster:
         if not decisions.known(self._shapes):
             self.forecast.forget(self._shapes)
             return None
-        way = distance(sigma, self._levels(model_calls[0]), self.largest)
-        totals = [decisions.conditions[key].spent + self.forecast.cost(key, sigma, way) for key in self._shapes]
+        level = self.scale.level(sigma)
+        way = self.scale.weight(sigma) * distance(level, self._levels(model_calls[0]), self.largest)
+        totals = [decisions.conditions[key].spent + self.forecast.cost(key, level, way) for key in self._shapes]
         if all(map(math.isfinite, totals)):
             self._totals = totals
         may_hit = self._totals and decisions.window.holds(sigma) and decisions.may_hit(self._shapes)
@@ -52,19 +70,20 @@ class Forecaster:
     def learn(self, model_calls: list[ModelCall], results: list[Any]) -> None:
         """Keep what was computed for calls that ``answer`` had no results for."""
         for call, result in zip(model_calls, results, strict=True):
+            level = self.scale.level(call.sigma)
             for chunk in parts(call):
-                self.forecast.learn(chunk.key, call.sigma, [tensor[chunk.start : chunk.stop] for tensor in tensors(result)])
+                self.forecast.learn(chunk.key, level, [tensor[chunk.start : chunk.stop] for tensor in tensors(result)])
         self.decisions.record(self._shapes, model_calls[0].sigma, self._totals, False)
 
     def _levels(self, call: ModelCall) -> list[float]:
         """The run's noise levels, which samplers say anew with every call: read once, because the device waits meanwhile."""
         said = call.options.get("sample_sigmas")
         if said is not self._schedule[0]:
-            self._schedule = (said, call.schedule)
+            self._schedule = (said, [self.scale.level(sigma) for sigma in call.schedule])
         return self._schedule[1]
 
     def _foretold(self, call: ModelCall) -> Any:
-        found = [self.forecast.foretell(chunk.key, call.sigma) for chunk in parts(call)]
+        found = [self.forecast.foretell(chunk.key, self.scale.level(call.sigma)) for chunk in parts(call)]
         joined = [torch.cat(rows).to(call.latents[0].dtype) for rows in zip(*found, strict=True)]
         return joined[0] if isinstance(call.call.args[0], torch.Tensor) else joined
 

@@ -37,16 +37,24 @@ def settle(patcher: ModelPatcher) -> None:
         originals.setdefault(name, comfy.utils.set_attr(patcher.model, name, held))
 
 
-def block_method(patcher: ModelPatcher, plan: Plan) -> str:
-    """What a node has put in place of a block's method, in words; "" if nothing. Raises PlanError as ``check`` does.
+def code(patcher: ModelPatcher) -> str:
+    """The first code or module that a node has put into the diffusion model, by name: it may be bound to layers of this very model."""
+    found = (name for name, held in patcher.object_patches.items() if name.partition(".")[0] == MODEL and callable(held))
+    return next(found, "")
 
-    An object patch takes ours away when the model is loaded, and compiled blocks are what their class says.
+
+def block_method(patcher: ModelPatcher, plan: Plan) -> str:
+    """What a node has put in place of a method or a part of a block, in words; "" if nothing. Raises PlanError as ``check`` does.
+
+    An object patch takes ours away when the model is loaded, and compiled blocks are what their class says, with parts that get no
+    options but ours. A whole block in place of another is no such thing.
     """
-    lists = [f"{MODEL}.{spec.path}" for spec in plan.stacks]
-    found = (name for name in patcher.object_patches if name.endswith(".forward") and name.rsplit(".", 2)[0] in lists)
-    if name := next(found, ""):
-        return f"code in place of {name}"
-    return next((what for _, blocks in check(plan, patcher.model.diffusion_model) for what in map(replaced, blocks) if what), "")
+    lists = [f"{MODEL}.{spec.path}." for spec in plan.stacks]
+    for name, held in patcher.object_patches.items():
+        if callable(held) and any(name.startswith(start) and "." in name.removeprefix(start) for start in lists):
+            return f"code in place of {name}"
+    parts = (part for _, blocks in check(plan, patcher.model.diffusion_model) for block in blocks for part in block.modules())
+    return next(filter(None, map(replaced, parts)), "")
 
 
 def foreign(model: torch.nn.Module) -> str:

@@ -34,7 +34,7 @@ from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
 from . import accelerate, calls, compiling, objects, reports, resident, sidecars, static, windows
 from .calls import ModelCall
-from .forecasting import Forecaster
+from .forecasting import Forecaster, scale
 from .lanes import Call, Lanes
 from .meter import Meter
 from .notify import Notes, show
@@ -120,9 +120,12 @@ class Session:
                 self.notes.say(f"This run stays on one GPU: {reason}.")
                 devices = []
         if caching and self.caching is not None and self.caching.rule == "forecast":
-            self.decisions = self._decisions(self.caching)
-            self.forecaster = Forecaster(self.decisions, float(self.patcher.get_model_object("model_sampling").sigma_max))
-            caching = False
+            caching, sampling = False, self.patcher.get_model_object("model_sampling")
+            if scale(sampling) is not None:
+                self.decisions = self._decisions(self.caching)
+                self.forecaster = Forecaster(self.decisions, sampling)
+            else:
+                self.notes.say("No step is cached: the rule forecast does not know what this model's results are.")
         if caching or devices or self.compiling.mode != "off":
             self._install(chooser, caching, devices)
         if self.runner is not None or self.attention is not None:
@@ -427,7 +430,9 @@ class Session:
 
 
 def guided(guider: comfy.samplers.CFGGuider) -> bool:
-    """Whether steps have more conditions than the prompt. Guiders of other packs may keep a schedule instead of one number."""
+    """Whether steps have more conditions than the prompt. Guiders may keep a schedule instead of one number, or two of their own."""
+    if len(getattr(guider, "original_conds", ())) > 2:
+        return True
     cfg = getattr(guider, "cfg", 1.0)
     try:
         return not math.isclose(float(cfg), 1.0)

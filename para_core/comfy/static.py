@@ -16,19 +16,23 @@ CARD = 0.7
 """Largest share of the card's memory that weights may fill: the rest is for computing."""
 HOST = 1.25
 """Free host memory that a copy needs, as a multiple of its weights: they pass through it, and wait there for other models' turns."""
-_COPY = "_paradit_static"
+_COPY, _BASE = "_paradit_static", "_paradit_static_base"
 
 
 def possible(patcher: ModelPatcher) -> bool:
     """Whether a streamed model can be had with weights that stay: its loader left a record, and memory is plenty."""
     if not patcher.is_dynamic() or patcher.cached_patcher_init is None:
         return False
-    size = patcher.model_size()
-    if size > CARD * comfy.model_management.get_total_memory(patcher.load_device):
+    if not small(patcher):
         return False
     if _first(patcher).non_dynamic_delegate_model is not None:
         return True
-    return HOST * size < comfy.model_management.get_free_memory(torch.device("cpu"))
+    return HOST * patcher.model_size() < comfy.model_management.get_free_memory(torch.device("cpu"))
+
+
+def small(patcher: ModelPatcher) -> bool:
+    """Whether the weights leave room on the card to compute in."""
+    return patcher.model_size() <= CARD * comfy.model_management.get_total_memory(patcher.load_device)
 
 
 def copy(patcher: ModelPatcher, say: Callable[[str], None]) -> ModelPatcher:
@@ -47,6 +51,14 @@ def copy(patcher: ModelPatcher, say: Callable[[str], None]) -> ModelPatcher:
         return patcher
     convert(made.model)  # also one that ComfyUI has made for its own use
     first.non_dynamic_delegate_model = made.get_clone_model_override()
+    # ComfyUI unloads a model whose patcher has gone through that one's parent. It must not be ``patcher``, which goes with its copy,
+    # but last as long as the copied model.
+    base: ModelPatcher | None = vars(first).get(_BASE)
+    if base is None or base.model is not made.model:
+        base = ModelPatcher(made.model, load_device=made.load_device, offload_device=made.offload_device)
+        base.backup, base.backup_buffers, base.object_patches_backup, base.pinned = first.non_dynamic_delegate_model[1]
+        setattr(first, _BASE, base)
+    made.parent = base
     setattr(patcher, _COPY, made)
     return made
 

@@ -23,6 +23,7 @@ from .inductor import for_ranks, inductor
 from .operation import number
 from .override import AttentionOverride
 
+
 class CompiledBlocks:
     """Compiled forwards on the blocks of ``hooks``; ``remove()`` deletes them. ``option``: the options key of an override.
 

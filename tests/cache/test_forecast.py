@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache.samplings import flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity.inprocess import Job, error, load, noise, run, sample
@@ -94,7 +95,7 @@ def call_of(keys: list[str], sigma: float, *, device: str = "cpu") -> Any:
 def forecaster(threshold: float, start: float = math.inf) -> Any:
     from para_core.comfy.forecasting import Forecaster
 
-    return Forecaster(Decisions(Cache(threshold, rule="forecast"), Window(start)), 1.0)
+    return Forecaster(Decisions(Cache(threshold, rule="forecast"), Window(start)), flow())
 
 
 # a sampler's step: the conditions of each of its calls, its noise level, and what scales the noise in its results

@@ -177,12 +177,10 @@ def test_shapes_in_turn_are_not_captured_anew_each_time(graphs, model, card):
 
 def test_a_model_may_give_several_tensors_or_none(graphs, model):
     """As LTX-2 does, a picture and a sound."""
-    for seed in range(WARM + 3):
-        found = graphs.run(lambda x: [model(x), (x * 2, None)], (rows(4, seed),), {})
-        if seed:
-            assert torch.equal(kept[0], model.expected(rows(4, seed - 1))), "a result stays as it is"
-        kept = found
-        assert torch.equal(found[0], model.expected(rows(4, seed))) and torch.equal(found[1][0], rows(4, seed) * 2) and found[1][1] is None
+    found = [graphs.run(lambda x: [model(x), (x * 2, None)], (rows(4, seed),), {}) for seed in range(WARM + 3)]
+    for seed, (one, (other, nothing)) in enumerate(found):
+        assert torch.equal(one, model.expected(rows(4, seed))), "a result stays as it is"
+        assert torch.equal(other, rows(4, seed) * 2) and nothing is None
     assert graphs.replays == 3
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -97,6 +98,32 @@ def test_blocks_whose_method_a_node_has_replaced_are_not_cached_or_compiled_and_
         assert len(report["notes"]) == 1 and name in report["notes"][0] and report["cached"] == 0
     _, report = run(load("flux_small"), JOB, Cache(1e9))
     assert report["cached"] == 6
+
+
+@pytest.mark.parametrize("part", ["self_attn", "cross_attn"])
+@pytest.mark.parametrize("good", [True, False], ids=["for good", "object patch"])
+@pytest.mark.parametrize("setting", [Cache(1e9), Compile("compile")], ids=lambda one: type(one).__name__)
+def test_code_in_a_part_of_a_block_runs_with_the_options_it_looks_at(setting: Any, good: bool, part: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model, job = load("wan").clone(), Job("wan", size=(3, 6, 10), steps=4)
+    held = model.get_model_object(f"diffusion_model.blocks.1.{part}")
+
+    def forward(self: Any, *args: Any, transformer_options: Any = None, **kwargs: Any) -> Any:
+        early = "sigmas" in transformer_options and transformer_options["sigmas"][0] > 0.8
+        return (5.0 if early else 1.0) * type(self).forward(self, *args, transformer_options=transformer_options, **kwargs)
+
+    plain = sample(model, job)
+    try:
+        if good:
+            held.forward = MethodType(forward, held)
+        else:
+            model.add_object_patch(f"diffusion_model.blocks.1.{part}.forward", MethodType(forward, held))
+        expected = sample(model, job)
+        result, report = run(model, job, setting)
+    finally:
+        vars(held).pop("forward", None)
+    assert error(result, expected) < TOLERANCE * job.steps < 1e-3 < error(expected, plain)
+    assert report["cached"] == 0 and "left out, because of" in report["notes"][0]
 
 
 @pytest.mark.parametrize("settings", [(Cache(1e9),), (Cache(1e9, rule="forecast"),), (Attention("pytorch"),)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from families.tiny import flux
 
+from para_core.comfy.meter import Meter
 from para_core.execution import gain
 from para_core.execution.ways import Machine
 from para_core.plans.flux import PLAN
@@ -54,7 +55,7 @@ def test_weights_are_sent_only_over_a_link_that_carries(own: bool, asked: list[s
     monkeypatch.setattr(sidecars, "model_id", lambda _patcher: 1)
     runner = SimpleNamespace(override=SimpleNamespace(ways=SimpleNamespace()), cache=None, compiled=None)
     session = SimpleNamespace(
-        patcher=SimpleNamespace(load_device=torch.device("cpu")), parallel=None, runner=runner, meter=SimpleNamespace(exchanged=None),
+        patcher=SimpleNamespace(load_device=torch.device("cpu")), parallel=None, runner=runner, meter=Meter(torch.device("cpu")),
         attention=None, chooser=None, foreign="another node's",
     )  # fmt: skip
     group = SimpleNamespace(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import gc
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,45 @@ def add(model):
     return model
 
 
+def test_code_that_a_node_has_put_on_a_layer_runs_on_the_layer_that_it_was_made_for(streamed) -> None:
+    def patched(model):
+        model = add(model)
+        layer = model.get_model_object("diffusion_model").img_in
+        model.add_object_patch("diffusion_model.img_in.forward", MethodType(lambda self, x: 2 * type(self).forward(self, x), layer))
+        return model
+
+    expected = sample(patched(load(JOB.kind)), JOB)
+    assert error(sample(attached(patched(streamed.model), Compile("compile")), JOB), expected) < 1e-6
+    assert error(expected, sample(add(load(JOB.kind)), JOB)) > 1e-3 and streamed.reads == 0
+
+
+def test_a_copy_can_be_unloaded_when_the_node_s_own_model_has_gone(streamed) -> None:
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    model = attached(streamed.model, Compile("compile"))
+    sample(model, JOB)
+    copied = vars(model)[streamed.static._COPY].model
+    del model
+    gc.collect()
+    (entry,) = [loaded for loaded in comfy.model_management.current_loaded_models if loaded.real_model() is copied]
+    assert entry.model is not None and not entry.is_dead()
+    comfy.model_management.unload_all_models()
+    assert not [loaded for loaded in comfy.model_management.current_loaded_models if loaded.real_model() is copied]
+    assert error(sample(attached(streamed.model, Compile("compile")), JOB), sample(load(JOB.kind), JOB)) < 1e-6
+    assert streamed.reads == 1
+
+
+def test_a_model_of_which_nothing_would_be_compiled_is_not_copied(streamed, monkeypatch) -> None:
+    from para_core.comfy import compiling, objects
+
+    for place, name, found in ((compiling, "plan_for", None), (objects, "block_method", "code in place of a part")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda *_, found=found: found)
+            sample(attached(streamed.model, Compile("compile")), JOB)
+    assert streamed.reads == 0
+
+
 @pytest.mark.parametrize("settings", [Attention("pytorch"), Compile("off")], ids=lambda one: type(one).__name__)
 def test_a_run_that_does_not_compile_leaves_the_model_where_it_is(streamed, settings) -> None:
     sample(attached(streamed.model, settings), JOB)
@@ -115,11 +155,25 @@ def test_accelerate_compiles_what_can_stay(streamed, monkeypatch) -> None:
 
     monkeypatch.setattr(compiling, "find_spec", lambda _name: object())
     device = SimpleNamespace(load_device=torch.device("cuda"), model=SimpleNamespace(model_lowvram=False), is_dynamic=lambda: True)
+    device.object_patches = {"diffusion_model.default_ref_method": "offset", "model_sampling": object()}
     monkeypatch.setattr(streamed.static, "possible", lambda _patcher: True)
     assert compiling.chosen(device) == Compile("compile+graph")
     monkeypatch.setattr(streamed.static, "possible", lambda _patcher: False)
     assert compiling.chosen(device) == Compile("off")
     assert Accelerate().compile == "auto"
+    monkeypatch.setattr(streamed.static, "possible", lambda _patcher: True)
+    device.object_patches = {"diffusion_model.blocks.0.cross_attn.forward": print}
+    assert compiling.chosen(device) == Compile("off")
+
+
+@pytest.mark.parametrize(("small", "mode"), [(True, "compile+graph"), (False, "off")])
+def test_what_was_unloaded_in_part_after_the_last_prompt_is_compiled_if_it_may_be_loaded_whole(monkeypatch, small: bool, mode: str) -> None:
+    from para_core.comfy import compiling, static
+
+    monkeypatch.setattr(compiling, "find_spec", lambda _name: object())
+    monkeypatch.setattr(static, "small", lambda _patcher: small)
+    device = SimpleNamespace(load_device=torch.device("cuda"), model=SimpleNamespace(model_lowvram=True), is_dynamic=lambda: False)
+    assert compiling.chosen(device) == Compile(mode)
 
 
 def test_weights_have_the_type_that_the_model_computes_with() -> None:

@@ -1,4 +1,7 @@
-"""SageAttention 3 (arXiv 2505.11594): FP4 on Blackwell. Faster and coarser than version 2, so only on request: `sage` without version 1 or 2."""
+"""SageAttention 3 (arXiv 2505.11594): FP4 on Blackwell. Faster and coarser than version 2, so only on request.
+
+The setting `sage` is one, where version 1 and 2 are missing.
+"""
 
 from __future__ import annotations
 
