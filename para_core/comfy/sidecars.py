@@ -18,7 +18,6 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..group.group import Group
 from ..group.member import Held
-from ..group.worker import ROOM
 from ..settings import Parallel
 from . import files, flags
 from . import model as models
@@ -152,18 +151,18 @@ def load(patcher: comfy.model_patcher.ModelPatcher, working: float = 0) -> None:
     for member in group().members:
         _stand_in(member.device)
     how, origin = models.options(patcher), files.origin(patcher)
-    if origin is not None and (files.offloaded(patcher, working) or not fit(patcher, working)):
+    # once opened it stays so: reading the file again whenever sizes change costs more than holding all of it saves
+    if origin is not None and (files.offloaded(patcher, working) or group().opened(number) or not fit(patcher, working)):
         state = f"{target.state} {working}"  # with other needs it is loaded anew
-        group().open(number, origin, Held(state, target.changed, opened=True), files.patches(patcher), {**how, "working": working})
+        size = int(min(patcher.model_size() + working, sys.maxsize))
+        group().open(number, origin, Held(state, target.changed, opened=True), files.patches(patcher), {**how, "working": working}, size)
     else:
         group().load(number, recipe, target, lambda layers: models.units(patcher, layers), how)
 
 
 def fit(patcher: comfy.model_patcher.ModelPatcher, working: float) -> bool:
     """Whether every other card has room for the model of ``patcher`` and ``working`` bytes to compute in. Raises RankLost."""
-    size = patcher.model_size()
-    needed = max(size, min((size + working) / ROOM, sys.maxsize))  # an estimate may be infinite
-    return group().fits(model_id(patcher), int(needed))
+    return group().fits(model_id(patcher), patcher.model_size(), int(min(working, sys.maxsize)))  # an estimate may be infinite
 
 
 class Sidecars(torch.nn.Module):

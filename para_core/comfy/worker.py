@@ -47,6 +47,9 @@ class ComfyHost:
     def load(self, patcher, patches: list, options: dict[str, Any]) -> None:
         files.load(patcher, patches, options)
 
+    def opened(self, patcher) -> int | None:
+        return int(patcher.loaded_size()) if files.opened(patcher) else None
+
     def free_memory(self, device: torch.device) -> int:
         reserved = comfy.model_management.extra_reserved_memory() if device.type == "cuda" else 0
         return int(comfy.model_management.get_free_memory(device) - reserved)

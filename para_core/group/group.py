@@ -23,7 +23,6 @@ import torch
 from ..log import log
 from ..sequence.mesh import Comm, Degrees, Link, Mesh
 from ..stopwatch import Exchanged
-from .channel import ChannelClosed
 from .codec import dtype_name, encode, pack
 from .communicator import CommunicationFailed, Communicator, Meshes
 from .link import PATIENCE, measure
@@ -83,8 +82,10 @@ class Group(Models):
         self._silent: dict[tuple[str, ...], str] = {}  # workers' devices whose messages did not arrive, and what was said of it
         self._epochs = itertools.count(1)
         self._epoch = 0
+        self._wanted = 1  # ranks, this one included, also while some of them start
         self._running = False
         self._patience = Patience()
+        self._mute = False  # whether the last loss was of ranks that all waited for each other
         self._last_use = time.monotonic()
         self._unwanted: queue.SimpleQueue[int] = queue.SimpleQueue()
         # Held while members or their models change. The watch thread only ever tries to get it.
@@ -121,6 +122,7 @@ class Group(Models):
                 if member not in kept:
                     member.end()
                     self._pool.end(member.process)
+            self._wanted = 1 + len(devices)
             for rank, known in enumerate(kept, start=1):
                 if known is None:  # one by one: those that have started are known if the next does not start
                     self._members.insert(rank - 1, self._start(rank, devices[rank - 1]))
@@ -136,7 +138,9 @@ class Group(Models):
 
     def _start(self, rank: int, device: str) -> Member:
         self.counts["starts"] += 1
-        return Member(rank, device, self._pool.start())
+        member = Member(rank, device, self._pool.start())
+        member.greet(self._hello(rank, device, self._wanted), self.timeouts.start, self._watch.wake)
+        return member
 
     def form(self, device: torch.device, devices: Sequence[str]) -> None:
         """A run starts: have a worker on each of ``devices``, joined to one communicator with this rank on ``device``.
@@ -168,13 +172,13 @@ class Group(Models):
     def _join(self) -> None:
         self._epoch, self.lost, self._told = next(self._epochs), None, None
         for member in self._members:
+            if member.greeting is not None:
+                member.greeting.join(self.timeouts.start)
             if member.channel is None:
-                try:
-                    member.channel = member.process.open_channel(self.timeouts.start)
-                except ChannelClosed as error:
-                    self._lose(member, f"did not start: {error}{member.last_line()}", kill=True)
-                    self._check()
-                member.tell("hello", self._hello(member.rank, member.device, self.size))
+                self._lose(member, f"did not start: {member.unreached}{member.last_line()}", kill=True)
+            elif not member.reachable:  # it ended before this run looked
+                self._lose(member, member.fate(), kill=True)
+            self._check()
         self._watch.wake()
         for member in self._members:
             if not member.ready:
@@ -284,7 +288,9 @@ class Group(Models):
     def _check(self) -> None:
         """For a thread that waits for other ranks. Raises RankLost."""
         if self.lost is None:
-            for member in self._patience.tried(self._members):
+            tried = self._patience.tried(self._members)
+            self._mute = bool(tried) and all(member.waits for member in tried)
+            for member in tried:
                 self._lose(member, f"did not get on for {self._patience.limit:.0f} s{member.last_line()}", kill=True)
         if self.lost is not None:
             raise RankLost(self.lost)
@@ -330,6 +336,7 @@ class Group(Models):
     def link(self) -> Link:
         """How fast this communicator's ranks talk, measured once. Raises RankLost."""
         if self._link is None:
+            self._mute = False
             try:
                 with self._shared(), self._patience.within(2 * PATIENCE):  # ranks that do not even connect: the device has nothing to do
                     assert self._comm is not None
@@ -337,8 +344,11 @@ class Group(Models):
                         member.tell("measure")
                     self._link = measure(self._comm, self._device)
             except RankLost as lost:
-                self._unreached([member.device for member in self._members], str(lost))
-                raise
+                said = str(lost)
+                if self._mute and self._device.type == "cuda":  # within NCCL, which has not come to the device
+                    said = f"{said}; messages between the GPUs do not arrive; {REMEDY}"
+                self._unreached([member.device for member in self._members], said)
+                raise RankLost(said) from lost
         return self._link
 
     def _unreached(self, devices: Sequence[str], reason: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import queue
 import signal
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +38,7 @@ class Held:
 @dataclass(eq=False)
 class Member:
     """One sidecar. ``ready``: it has imported what it needs. ``heard``: when it last said something, by the monotonic clock.
+    ``greeting``: the thread that reaches it, see ``greet``; ``unreached``: why that did not succeed.
 
     ``models``: what it holds, by model id. ``rates``: operations a second of its device's matrix products, where it was asked.
     ``progress``: a mark that changes while its main thread gets on, ``moved``: when it last did; ``waits``: that thread waits
@@ -54,6 +57,32 @@ class Member:
     progress: Any = None
     moved: float = 0.0
     waits: bool = False
+    greeting: threading.Thread | None = None
+    unreached: str = ""
+    _over: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def greet(self, hello: dict[str, Any], timeout: float, then: Callable[[], None]) -> None:
+        """Reach the worker and tell it ``hello``, in a thread: it imports ComfyUI and readies its device while rank 0 loads the model.
+
+        ``then`` is called when there is a channel to listen to.
+        """
+
+        def reach() -> None:
+            try:
+                channel = self.process.open_channel(timeout)
+                channel.tell("hello", hello)
+            except ChannelClosed as error:
+                self.unreached = str(error)
+                return
+            with self._lock:
+                self.channel = channel
+                if self._over:
+                    channel.close()
+            then()
+
+        self.greeting = threading.Thread(target=reach, name="paradit-greet", daemon=True)
+        self.greeting.start()
 
     def beat(self, sign: dict[str, Any]) -> None:
         """A sign of life, with what it says of the main thread."""
@@ -90,8 +119,10 @@ class Member:
 
     def end(self) -> None:
         """At once, whatever it does. Threads that talk to it are let go first."""
-        if self.channel is not None:
-            self.channel.close()
+        with self._lock:
+            self._over = True
+            if self.channel is not None:
+                self.channel.close()
         self.process.kill()
 
     def fate(self) -> str:

@@ -74,26 +74,32 @@ class Models:
                     member.models[model] = target
             self.counts["models" if whole else "patches"] += 1 if whole else len(self._members)
 
-    def fits(self, model: int, size: int) -> bool:
-        """Whether every rank's device can hold ``model``, ``size`` bytes of weights; others are dropped for it. Raises RankLost.
-
-        What does not fit once is not asked about again while its file is open.
+    def fits(self, model: int, size: int, working: int) -> bool:
+        """Whether every rank's device can hold ``model``, ``size`` bytes of weights, and ``working`` bytes to compute in. Others are
+        dropped for it. Raises RankLost.
         """
         with self._lock, self._shared():
-            held = [member.models.get(model) for member in self._members]
-            if any(one is not None and one.opened for one in held):
-                return False
-            asked = [member for member, one in zip(self._members, held, strict=True) if one is None]
-            for member in asked:
-                member.tell("room", size)
-            replies = [(member, self._reply(member, "room", self.timeouts.load)) for member in asked]
+            for member in self._members:
+                member.tell("room", {"id": model, "size": size, "working": working})
+            replies = [(member, self._reply(member, "room", self.timeouts.load)) for member in self._members]
             for member, reply in replies:
-                for dropped in reply["dropped"]:
-                    member.models.pop(dropped, None)
+                self._note_dropped(member, reply)
             return all(reply["fits"] for _, reply in replies)
 
-    def open(self, model: int, origin: Mapping[str, Any], target: Held, patches: list, options: Mapping[str, Any]) -> None:
-        """Have every rank open the file of ``model`` itself, with ``patches``; nothing if all have. Raises RankLost, Untransportable."""
+    def opened(self, model: int) -> bool:
+        """Whether a worker has opened the file of ``model``."""
+        return any(held.opened for member in self._members if (held := member.models.get(model)) is not None)
+
+    @staticmethod
+    def _note_dropped(member: Member, reply: Mapping[str, Any]) -> None:
+        for dropped in reply.get("dropped", ()):
+            member.models.pop(dropped, None)
+
+    def open(self, model: int, origin: Mapping[str, Any], target: Held, patches: list, options: Mapping[str, Any], size: int = 0) -> None:
+        """Have every rank open the file of ``model`` itself, with ``patches``; nothing if all have. Raises RankLost, Untransportable.
+
+        size: bytes that it would take whole, with what computing needs. Models that were sent go for it.
+        """
         encode(patches)
         with self._lock:
             self._drop_unwanted()
@@ -102,9 +108,10 @@ class Models:
             with self._shared():
                 for member in missing:
                     member.models.pop(model, None)
-                    member.tell("open", {"id": model, "origin": dict(origin), "patches": patches, "options": dict(options)})
+                    order = {"id": model, "origin": dict(origin), "patches": patches, "options": dict(options), "size": size}
+                    member.tell("open", order)
                 for member in missing:
-                    self._reply(member, "opened", self.timeouts.load)
+                    self._note_dropped(member, self._reply(member, "opened", self.timeouts.load))
                     member.models[model] = target
                     self.counts["opened"] += 1
 
@@ -123,8 +130,7 @@ class Models:
         sent = share(units, self._comm, self._device)
         for member in self._members:
             reply = self._reply(member, "loaded" if kind == "model" else "patched", self.timeouts.load)
-            for dropped in reply.get("dropped", ()):
-                member.models.pop(dropped, None)
+            self._note_dropped(member, reply)
             if reply["fingerprint"] != sent:
                 self._lose(member, "received other weights than were sent", kill=True)
                 self._check()

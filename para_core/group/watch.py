@@ -67,7 +67,7 @@ class Watch:
                 except OSError:  # closed between the two lines
                     continue
         try:
-            ready = wait([self._woken, *members], timeout=self._group.pause() if members else None)
+            ready = wait([self._woken, *members], timeout=self._group.pause() if self._group.members else None)
         except OSError:  # a channel was closed meanwhile
             return
         for item in ready:

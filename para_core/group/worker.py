@@ -46,6 +46,9 @@ class Host(Protocol):
     def load(self, model: Any, patches: list, options: dict[str, Any]) -> None:
         """Load a model from ``open_file`` with these patches in place of those it had."""
 
+    def opened(self, model: Any) -> int | None:
+        """Of a model from ``open_file``: its bytes that are on the device now. None for one that was sent."""
+
     def free_memory(self, device: torch.device) -> int:
         """Bytes that could be allocated on ``device``."""
 
@@ -184,7 +187,7 @@ class Worker:
     def on_model(self, order: dict[str, Any]) -> None:
         """Receive a model. One that is here already takes the same weights again, for the sake of the others."""
         held = self._models.get(order["id"])
-        dropped = [] if held is not None else self._make_room(order["size"])
+        dropped = [] if held is not None else self._make_room(ROOM * order["size"])
         model = held if held is not None else self.host.build(order["recipe"], self.device)
         fingerprint = self._fill(model, order)
         self._models[order["id"]] = model
@@ -202,26 +205,40 @@ class Worker:
         self.host.ready(model, order["options"])
         return total % 2**64
 
-    def on_room(self, size: int) -> None:
-        """Could a model be held here? Others go for it as for one that arrives."""
-        dropped = self._make_room(size)
-        self.channel.tell("room", {"fits": self.host.free_memory(self.device) >= ROOM * size, "dropped": dropped})
+    def on_room(self, order: dict[str, Any]) -> None:
+        """Could a model be held here, and computed with? Others go for it as for one that arrives."""
+        held = self._models.get(order["id"])
+        there = None if held is None else self.host.opened(held)
+        if held is not None and there is None:
+            needed = order["working"]
+        else:
+            needed = max(ROOM * order["size"], order["size"] + order["working"]) - (there or 0)
+        dropped = self._make_room(needed, order["id"])
+        self.channel.tell("room", {"fits": self.host.free_memory(self.device) >= needed, "dropped": dropped})
 
     def on_open(self, order: dict[str, Any]) -> None:
         """Open a model's file, or change the patches of one that is open."""
         model = self._models.pop(order["id"], None)
+        # what was sent is out of ComfyUI's reach; of other models that were opened it makes room itself
+        dropped = [] if model is not None else self._make_room(order["size"], sent=True)
         if model is None:
             model = self.host.open_file(order["origin"], self.device)
         self.host.load(model, order["patches"], order["options"])
         self._models[order["id"]] = model
-        self.channel.tell("opened")
+        self.channel.tell("opened", {"dropped": dropped})
 
-    def _make_room(self, needed: int) -> list[int]:
-        """Drop models, least recently used first, until ``needed`` bytes and some for computing are free. Returns their ids."""
+    def _make_room(self, needed: float, kept: int | None = None, *, sent: bool = False) -> list[int]:
+        """Drop models, least recently used first, until ``needed`` bytes are free. Returns their ids.
+
+        kept: one that stays. sent: only such that were sent.
+        """
         dropped: list[int] = []
-        while self._models and self.host.free_memory(self.device) < ROOM * needed:
-            dropped.append(next(iter(self._models)))
-            self.on_drop(dropped[-1])
+        for number in list(self._models):
+            if self.host.free_memory(self.device) >= needed:
+                break
+            if number != kept and not (sent and self.host.opened(self._models[number]) is not None):
+                dropped.append(number)
+                self.on_drop(number)
         return dropped
 
     def on_drop(self, model: int) -> None:

@@ -151,6 +151,38 @@ def test_workers_leave_after_a_while_without_prompts_and_are_started_again(group
     assert not set(group.pids) & set(pids)
 
 
+def test_workers_get_ready_while_nobody_waits_for_them_and_leave_if_nobody_comes(group_running) -> None:
+    """As where a node starts them, and its prompt is cancelled before it samples."""
+    from para_core.comfy import sidecars
+
+    group = group_running(sidecars.SCRIPT)
+    group.timeouts.idle = 5.0
+    group.warm(["cpu"])
+    (member,) = group.members
+    assert within(60, lambda: not member.replies.empty()), "it has imported what it needs"
+    assert within(60, lambda: not alive([member.process.pid])) and not group.members
+
+
+def test_a_worker_that_ends_before_a_run_looks_for_it_is_replaced(group_running) -> None:
+    from para_core.comfy import sidecars
+
+    group = group_running(sidecars.SCRIPT)
+    group.warm(["cpu"])
+    (member,) = group.members
+    assert within(60, lambda: not member.replies.empty())
+    warm = group.warm
+
+    def killed(devices: list[str]) -> None:
+        warm(devices)
+        if group.members == [member]:
+            member.process.kill()
+            assert within(10, lambda: not member.reachable)
+
+    with patch.object(group, "warm", killed):
+        check_full(Prompt())
+    assert group.members != [member] and group.counts["starts"] == 2
+
+
 def test_a_server_finishes_a_prompt_without_its_worker_frees_the_next_on_request_and_leaves_nothing_behind() -> None:
     graph, seed_2 = (graphs.wan([graphs.parallel(2)], graphs.Sampling(steps=3, seed=seed)) for seed in (1, 2))
     with Server() as server:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,13 +144,13 @@ def test_a_careful_run_is_split_with_a_card_that_fetches_weights_if_its_steps_ta
     assert error(result, sample(model, JOB)) < 1e-5 * JOB.steps
 
 
-@pytest.mark.parametrize(("free", "enough"), [(12 * 2**30, False), (17 * 2**30, True)])
-def test_a_card_needs_room_to_compute_beside_the_weights(monkeypatch, free: int, enough: bool) -> None:
+def test_a_card_needs_room_to_compute_beside_the_weights(monkeypatch) -> None:
     """Where there is none the model would arrive, and every prompt's first step would run out of memory."""
     from para_core.comfy import sidecars
-    from para_core.group.worker import ROOM
 
-    monkeypatch.setattr(sidecars, "group", lambda: SimpleNamespace(fits=lambda _model, size: free >= ROOM * size))
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(sidecars, "group", lambda: SimpleNamespace(fits=lambda *numbers: asked.append(numbers) or len(asked) < 3))
     monkeypatch.setattr(sidecars, "model_id", lambda _patcher: 1)
-    model: Any = SimpleNamespace(model_size=lambda: 8 * 2**30)
-    assert sidecars.fit(model, 0) and sidecars.fit(model, 8 * 2**30) is enough
+    model: Any = SimpleNamespace(model_size=lambda: 8)
+    assert [sidecars.fit(model, working) for working in (0, 4.5, math.inf)] == [True, True, False]
+    assert asked == [(1, 8, 0), (1, 8, 4), (1, 8, sys.maxsize)]

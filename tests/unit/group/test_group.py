@@ -9,9 +9,19 @@ import pytest
 import torch
 
 from para_core.group import group as groups
+from para_core.group.channel import ChannelClosed
 from para_core.group.group import Group, GroupError
 from para_core.group.member import Member, RankLost
 from para_core.group.transport import REMEDY, CommunicationFailed
+
+
+def process(alive: bool = True) -> SimpleNamespace:
+    """One that runs, and does not answer."""
+
+    def unanswered(_timeout: float) -> None:
+        raise ChannelClosed("no answer")
+
+    return SimpleNamespace(alive=lambda: alive, kill=lambda: None, pid=1, open_channel=unanswered, tail=lambda _lines: "")
 
 
 @pytest.mark.parametrize(("lost", "ended"), [(None, []), ("rank 1 was lost", ["abort", "close"])])
@@ -32,7 +42,7 @@ def test_workers_that_do_not_start_are_met_again_by_the_run_and_those_that_did_a
     def start() -> SimpleNamespace:
         if len(started) == 1:
             raise OSError(12, "Cannot allocate memory")
-        started.append(SimpleNamespace(alive=lambda: True, kill=lambda: None, pid=1))
+        started.append(process())
         return started[-1]
 
     monkeypatch.setattr(group._pool, "start", start)
@@ -55,7 +65,7 @@ def test_a_worker_that_was_to_be_another_rank_is_not_taken_for_the_one_that_did_
     def start() -> SimpleNamespace:
         if not next(answers):
             raise OSError(12, "Cannot allocate memory")
-        return SimpleNamespace(alive=lambda: True, kill=lambda: None, pid=1)
+        return process()
 
     monkeypatch.setattr(group._pool, "start", start)
     monkeypatch.setattr(group._pool, "end", lambda process: None)

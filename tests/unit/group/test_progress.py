@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from para_core.group import patience
 from para_core.group.group import Group
@@ -90,11 +91,12 @@ def test_the_first_step_of_a_run_waits_as_long_as_it_likes_and_later_ones_a_mult
         assert found.limit is None, "between steps nothing is expected"
 
 
-def test_ranks_that_do_not_connect_are_given_up_while_the_link_is_measured(clock, monkeypatch):
+@pytest.mark.parametrize(("device", "waiting", "link"), [("cuda:0", True, True), ("cuda:0", False, False), ("cpu", True, False)])
+def test_ranks_that_do_not_connect_are_given_up_while_the_link_is_measured(device, waiting, link, clock, monkeypatch):
     """What NCCL does the first time that two ranks talk may hang on the processor's side, where no device is waited for."""
 
     def measure(_comm, _device):
-        wait(group, clock, 130.0, waiting=(True, True))
+        wait(group, clock, 130.0, waiting=(waiting, True))
 
     group = Group(Path("none"), lambda *_: {})
     process = SimpleNamespace(kill=lambda: None, tail=lambda _lines: "")
@@ -102,5 +104,7 @@ def test_ranks_that_do_not_connect_are_given_up_while_the_link_is_measured(clock
     group._comm = SimpleNamespace(abort=lambda: None)
     monkeypatch.setattr(Member, "tell", lambda *_: None)
     monkeypatch.setattr("para_core.group.group.measure", measure)
-    with pytest.raises(RankLost, match="did not get on for 120 s"):
+    group._device = torch.device(device)
+    with pytest.raises(RankLost, match="did not get on for 120 s") as lost:
         group.link()
+    assert ("NCCL_P2P_DISABLE" in str(lost.value)) is link is bool(group._silent), "in later prompts nobody waits for it again"

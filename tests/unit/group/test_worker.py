@@ -17,10 +17,21 @@ GIB = 2**30
 
 
 class FakeHost:
-    """Models of one GiB each on a device of ``total`` bytes."""
+    """Models of one GiB each on a device of ``total`` bytes. ``files``: those that were opened."""
 
     def __init__(self, total: int):
         self.total, self.worker = total, None
+        self.files: list[str] = []
+
+    def open_file(self, origin: dict, device: torch.device) -> str:
+        self.files.append(f"model {origin['number']}")
+        return self.files[-1]
+
+    def load(self, model: str, patches: list, options: dict) -> None:
+        assert model in self.files
+
+    def opened(self, model: str) -> int | None:
+        return GIB if model in self.files else None
 
     def build(self, recipe: dict, device: torch.device) -> str:
         return f"model {recipe['number']}"
@@ -93,6 +104,45 @@ def test_a_model_too_large_for_the_device_drops_all_others_and_is_tried(worker):
     worker.host.total = GIB // 2
     assert load(worker, 2) == [1]
     assert list(worker._models) == [2]
+
+
+def room(worker: Worker, number: int, working: float) -> tuple[bool, list[int]]:
+    """Whether this one would fit, with so many GiB to compute in, and what went for it."""
+    worker.on_room({"id": number, "size": GIB, "working": int(working * GIB)})
+    kind, payload = worker.channel.told[-1]
+    assert kind == "room"
+    return payload["fits"], payload["dropped"]
+
+
+def test_a_model_needs_room_to_be_computed_with(worker):
+    assert room(worker, 1, 2.0) == (True, []) and room(worker, 1, 2.5) == (False, [])
+    assert not worker._models, "it was only asked"
+
+
+def test_for_a_model_that_is_here_others_go_until_it_can_be_computed_with(worker):
+    """Else every prompt's first step would run out of memory, and the next prompt's again."""
+    for number in (1, 2, 3):
+        load(worker, number)
+    assert room(worker, 1, 0.2) == (True, [])
+    assert room(worker, 2, 1.0) == (True, [1]) and list(worker._models) == [2, 3]
+    assert room(worker, 2, 2.5) == (False, [3]) and list(worker._models) == [2]
+
+
+def test_a_file_is_opened_where_models_that_were_sent_have_made_room(worker):
+    """ComfyUI knows nothing of those, and would fetch weights in every step."""
+    for number in (1, 2):
+        load(worker, number)
+    worker.on_open({"id": 3, "origin": {"number": 3}, "patches": [], "options": {}, "size": 2 * GIB})
+    assert worker.channel.told[-1] == ("opened", {"dropped": [1]})
+    worker.on_open({"id": 4, "origin": {"number": 4}, "patches": [], "options": {}, "size": 9 * GIB})
+    assert worker.channel.told[-1] == ("opened", {"dropped": [2]}) and list(worker._models) == [3, 4], "it makes room for its own itself"
+    worker.on_open({"id": 4, "origin": {"number": 4}, "patches": [], "options": {}, "size": 9 * GIB})
+    assert worker.channel.told[-1] == ("opened", {"dropped": []})
+
+
+def test_of_a_file_that_is_open_what_is_on_the_device_counts_as_room(worker):
+    worker.on_open({"id": 1, "origin": {"number": 1}, "patches": [], "options": {}, "size": GIB})
+    assert room(worker, 1, 2.2) == (True, []) and room(worker, 1, 2.4) == (False, [])
 
 
 @pytest.mark.parametrize(("kind", "payload"), [("end", None), ("drop", 1)])
