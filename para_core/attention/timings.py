@@ -91,7 +91,8 @@ class Timings:
             return None
         exact = {backend.name: backend.exact for backend in self.backends}
         coarse = {backend.name for backend in self.backends if backend.on_request}  # timed by an earlier release
-        return tuple(sorted(known.keys() - coarse, key=lambda name: known[name] * (1.0 if exact.get(name, True) else MARGIN)))
+        names = [name for name in known if name not in coarse]
+        return tuple(sorted(names, key=lambda name: known[name] * (1.0 if exact.get(name, True) else MARGIN)))
 
     def seconds(self, request: Request, name: str, *, batch: int) -> float | None:
         """What backend ``name`` takes for such a call of ``batch`` rows, by what was measured; None where nothing was."""

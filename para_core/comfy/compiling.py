@@ -16,7 +16,7 @@ from . import calls, objects, static
 
 
 def chosen(patcher: ModelPatcher) -> Compile:
-    """Both where weights stay on an NVIDIA GPU and torch's compiler has what it needs there."""
+    """Both where weights stay on an NVIDIA GPU, or are likely to, and torch's compiler has what it needs there."""
     if patcher.load_device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
         return Compile("off")
     if patcher.is_dynamic() and (not static.possible(patcher) or objects.code(patcher)):

@@ -29,13 +29,11 @@ def scale(sampling: Any) -> Scale | None:
 
 
 class Forecaster:
-    """Decides and answers for whole model calls, before any rank sees them. ``sampling``: the model's, of a known ``scale``."""
+    """Decides and answers for whole model calls, before any rank sees them. ``own``: the model's scale, ``largest``: its highest level."""
 
-    def __init__(self, decisions: Decisions, sampling: Any):
-        known = scale(sampling)
-        assert known is not None, "who makes this has asked"
-        self.decisions, self.scale = decisions, known
-        self.largest = 1.0 if known.ratio else float(sampling.sigma_max)
+    def __init__(self, decisions: Decisions, own: Scale, largest: float):
+        self.decisions, self.scale = decisions, own
+        self.largest = 1.0 if own.ratio else largest
         self.forecast = Forecast()
         self._shapes: dict[Hashable, Hashable] = {}
         self._totals: list[float] = []

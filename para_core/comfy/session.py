@@ -73,9 +73,10 @@ class Session:
         self.attention: Attention | None = settings.get("Attention")
         self.caching: Cache | None = settings.get("Cache")
         self.compiling: Compile = settings.get("Compile", Compile("off"))
+        objects.settle(self.patcher)
         if compiling.settled(self.compiling, self.patcher, self.options.get("transformer_options", {})):
             self.patcher = static.copy(self.patcher, self.notes.say)
-        objects.settle(self.patcher)
+            objects.settle(self.patcher)
         self.model: torch.nn.Module = self.patcher.model.diffusion_model
         self.names = calls.names(self.model)
         self.evaluation = calls.Evaluation()
@@ -121,9 +122,9 @@ class Session:
                 devices = []
         if caching and self.caching is not None and self.caching.rule == "forecast":
             caching, sampling = False, self.patcher.get_model_object("model_sampling")
-            if scale(sampling) is not None:
+            if (own := scale(sampling)) is not None:
                 self.decisions = self._decisions(self.caching)
-                self.forecaster = Forecaster(self.decisions, sampling)
+                self.forecaster = Forecaster(self.decisions, own, float(sampling.sigma_max))
             else:
                 self.notes.say("No step is cached: the rule forecast does not know what this model's results are.")
         if caching or devices or self.compiling.mode != "off":
@@ -162,7 +163,7 @@ class Session:
             return
         if not plan.stacks and caching:
             name = type(self.model).__name__
-            self.notes.say(f"No step is cached: the rule classic does not know the blocks of {name}; forecast works with any model.")
+            self.notes.say(f"No step is cached: the rule classic does not know the blocks of {name}; forecast works there too.")
             caching = False
         try:
             method = objects.block_method(self.patcher, plan)

@@ -152,7 +152,7 @@ def load(patcher: comfy.model_patcher.ModelPatcher, working: float = 0) -> None:
         _stand_in(member.device)
     how, origin = models.options(patcher), files.origin(patcher)
     # once opened it stays so: reading the file again whenever sizes change costs more than holding all of it saves
-    if origin is not None and (files.offloaded(patcher, working) or group().opened(number) or not fit(patcher, working)):
+    if origin is not None and (files.offloaded(patcher, working) or not fit(patcher, working) or group().opened(number)):
         state = f"{target.state} {working}"  # with other needs it is loaded anew
         size = int(min(patcher.model_size() + working, sys.maxsize))
         group().open(number, origin, Held(state, target.changed, opened=True), files.patches(patcher), {**how, "working": working}, size)

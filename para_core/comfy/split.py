@@ -106,7 +106,8 @@ class Split:
         device = self.session.patcher.load_device
         if not self.plan.stacks or not gain.unlike([device, *map(torch.device, self.devices)]):
             return
-        self.group.form(device, self.devices)
+        with self.session.meter.open("workers"):
+            self.group.form(device, self.devices)
         comfy.model_management.free_memory(MATRICES, device)
         dtype = self.session.patcher.model.get_dtype_inference()
         self._rates = (gain.matrix_rate(device, dtype), *self.group.rates(dtype))

@@ -82,7 +82,7 @@ def _ranks(report: dict[str, Any]) -> str:
     sent += ", q, k and v as int8" if exchange["wire"] else ""
     sent += f", heads in up to {exchange['parts']} parts" if exchange["parts"] > 1 else ""
     opening = report["opening"]
-    times = f"other ranks there after {opening['workers']:.2g} s, the model on them after {opening['model']:.2g} s"
+    times = f"{opening['workers']:.3g} s until the other ranks were there, {opening['model']:.3g} s until they had the model"
     ready = f"\n      before the first step: {times}"
     if exchange["share"] is None:
         return f"Ranks: {many}; {sent}, the time for it was not measured{ready}"

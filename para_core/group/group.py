@@ -138,8 +138,9 @@ class Group(Models):
 
     def _start(self, rank: int, device: str) -> Member:
         self.counts["starts"] += 1
+        hello = self._hello(rank, device, self._wanted)
         member = Member(rank, device, self._pool.start())
-        member.greet(self._hello(rank, device, self._wanted), self.timeouts.start, self._watch.wake)
+        member.greet(hello, self.timeouts.start, self._watch.wake)
         return member
 
     def form(self, device: torch.device, devices: Sequence[str]) -> None:
@@ -241,6 +242,8 @@ class Group(Models):
     def hear(self, member: Member, kind: str, payload: Any) -> None:
         if kind == "said":
             self._sayings.put((member.device, payload))
+        elif kind == "dropped":
+            member.models.pop(payload, None)
         elif kind != "failed":
             member.replies.put((kind, payload))
         elif payload["epoch"] == self._epoch:

@@ -81,19 +81,11 @@ class Models:
         with self._lock, self._shared():
             for member in self._members:
                 member.tell("room", {"id": model, "size": size, "working": working})
-            replies = [(member, self._reply(member, "room", self.timeouts.load)) for member in self._members]
-            for member, reply in replies:
-                self._note_dropped(member, reply)
-            return all(reply["fits"] for _, reply in replies)
+            return all([self._reply(member, "room", self.timeouts.load) for member in self._members])
 
     def opened(self, model: int) -> bool:
         """Whether a worker has opened the file of ``model``."""
         return any(held.opened for member in self._members if (held := member.models.get(model)) is not None)
-
-    @staticmethod
-    def _note_dropped(member: Member, reply: Mapping[str, Any]) -> None:
-        for dropped in reply.get("dropped", ()):
-            member.models.pop(dropped, None)
 
     def open(self, model: int, origin: Mapping[str, Any], target: Held, patches: list, options: Mapping[str, Any], size: int = 0) -> None:
         """Have every rank open the file of ``model`` itself, with ``patches``; nothing if all have. Raises RankLost, Untransportable.
@@ -111,7 +103,7 @@ class Models:
                     order = {"id": model, "origin": dict(origin), "patches": patches, "options": dict(options), "size": size}
                     member.tell("open", order)
                 for member in missing:
-                    self._note_dropped(member, self._reply(member, "opened", self.timeouts.load))
+                    self._reply(member, "opened", self.timeouts.load)
                     member.models[model] = target
                     self.counts["opened"] += 1
 
@@ -130,8 +122,7 @@ class Models:
         sent = share(units, self._comm, self._device)
         for member in self._members:
             reply = self._reply(member, "loaded" if kind == "model" else "patched", self.timeouts.load)
-            self._note_dropped(member, reply)
-            if reply["fingerprint"] != sent:
+            if reply != sent:
                 self._lose(member, "received other weights than were sent", kill=True)
                 self._check()
 

@@ -187,15 +187,16 @@ class Worker:
     def on_model(self, order: dict[str, Any]) -> None:
         """Receive a model. One that is here already takes the same weights again, for the sake of the others."""
         held = self._models.get(order["id"])
-        dropped = [] if held is not None else self._make_room(ROOM * order["size"])
+        if held is None:
+            self._make_room(ROOM * order["size"])
         model = held if held is not None else self.host.build(order["recipe"], self.device)
         fingerprint = self._fill(model, order)
         self._models[order["id"]] = model
-        self.channel.tell("loaded", {"fingerprint": fingerprint, "dropped": dropped})
+        self.channel.tell("loaded", fingerprint)
 
     def on_patches(self, order: dict[str, Any]) -> None:
         """Receive the layers of a model that have changed."""
-        self.channel.tell("patched", {"fingerprint": self._fill(self._models[order["id"]], order)})
+        self.channel.tell("patched", self._fill(self._models[order["id"]], order))
 
     def _fill(self, model: Any, order: dict[str, Any]) -> int:
         total = 0
@@ -213,33 +214,31 @@ class Worker:
             needed = order["working"]
         else:
             needed = max(ROOM * order["size"], order["size"] + order["working"]) - (there or 0)
-        dropped = self._make_room(needed, order["id"])
-        self.channel.tell("room", {"fits": self.host.free_memory(self.device) >= needed, "dropped": dropped})
+        self._make_room(needed, order["id"])
+        self.channel.tell("room", self.host.free_memory(self.device) >= needed)
 
     def on_open(self, order: dict[str, Any]) -> None:
         """Open a model's file, or change the patches of one that is open."""
         model = self._models.pop(order["id"], None)
-        # what was sent is out of ComfyUI's reach; of other models that were opened it makes room itself
-        dropped = [] if model is not None else self._make_room(order["size"], sent=True)
         if model is None:
+            # what was sent is out of ComfyUI's reach; of other models that were opened it makes room itself
+            self._make_room(order["size"], sent=True)
             model = self.host.open_file(order["origin"], self.device)
         self.host.load(model, order["patches"], order["options"])
         self._models[order["id"]] = model
-        self.channel.tell("opened", {"dropped": dropped})
+        self.channel.tell("opened")
 
-    def _make_room(self, needed: float, kept: int | None = None, *, sent: bool = False) -> list[int]:
-        """Drop models, least recently used first, until ``needed`` bytes are free. Returns their ids.
+    def _make_room(self, needed: float, kept: int | None = None, *, sent: bool = False) -> None:
+        """Drop models, least recently used first, until ``needed`` bytes are free, and tell rank 0 of each.
 
         kept: one that stays. sent: only such that were sent.
         """
-        dropped: list[int] = []
         for number in list(self._models):
             if self.host.free_memory(self.device) >= needed:
                 break
             if number != kept and not (sent and self.host.opened(self._models[number]) is not None):
-                dropped.append(number)
+                self.channel.tell("dropped", number)  # at once: what comes after may fail
                 self.on_drop(number)
-        return dropped
 
     def on_drop(self, model: int) -> None:
         self._models.pop(model, None)

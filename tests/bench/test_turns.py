@@ -62,3 +62,5 @@ def test_one_that_hangs_is_not_waited_for_without_end_and_that_is_said(tmp_path:
     hangs, other = Turns(tmp_path), Turns(tmp_path, patience=0.1)
     with other.alone():
         assert other.disturbed == 1 and not hangs.disturbed
+        time.sleep(0.2)
+    assert other.disturbed >= 2, "so long that somebody may have gone on beside it"

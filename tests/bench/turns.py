@@ -22,7 +22,7 @@ PATIENCE = 120.0
 class Turns:
     """One process's part in the turns of ``folder``: beside others from now on, and ``alone`` where it asks for it.
 
-    disturbed: how often it went on though others did not make way.
+    disturbed: how often it went on though others did not make way, or took so long that others may have.
     """
 
     def __init__(self, folder: Path, patience: float = PATIENCE):
@@ -59,11 +59,12 @@ class Turns:
         fcntl.flock(self._used, fcntl.LOCK_UN)
         self._lock(self._asked, fcntl.LOCK_SH)
         self._lock(self._used, fcntl.LOCK_EX)
-        self._alone = True
+        self._alone, began = True, time.monotonic()
         try:
             yield
         finally:
             self._alone = False
+            self.disturbed += time.monotonic() - began > self._patience  # others may have gone on
             fcntl.flock(self._used, fcntl.LOCK_UN)
             fcntl.flock(self._asked, fcntl.LOCK_UN)
             self.share()

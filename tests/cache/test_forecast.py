@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from cache.samplings import flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity.inprocess import Job, error, load, noise, run, sample
 
-from para_core.cache.forecast import CAUTION, LINE, Forecast, Track, distance
+from para_core.cache.forecast import CAUTION, FLOW, LINE, Forecast, Track, distance
 from para_core.cache.predictor import History
 from para_core.cache.rule import Decisions, Window
 from para_core.settings import Cache, Parallel
@@ -95,7 +94,7 @@ def call_of(keys: list[str], sigma: float, *, device: str = "cpu") -> Any:
 def forecaster(threshold: float, start: float = math.inf) -> Any:
     from para_core.comfy.forecasting import Forecaster
 
-    return Forecaster(Decisions(Cache(threshold, rule="forecast"), Window(start)), flow())
+    return Forecaster(Decisions(Cache(threshold, rule="forecast"), Window(start)), FLOW, 1.0)
 
 
 # a sampler's step: the conditions of each of its calls, its noise level, and what scales the noise in its results

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from cache.samplings import flow, make
 
 from para_core.cache.presets import PRESETS
 from para_core.cache.rule import Decisions, Window
@@ -18,6 +18,11 @@ SHAPE = (1, 4, 48, 48)
 STEPS = 20
 DEVIATION = 0.15  # of the data around each of four pictures
 PICTURES = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1)).double()
+
+
+def make(schedule: type, kind: type, **settings: Any) -> Any:
+    """A ``model_sampling`` of these two of ComfyUI's classes."""
+    return type("ModelSampling", (schedule, kind), {})(SimpleNamespace(sampling_settings=settings))
 
 
 def denoised(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -61,7 +66,7 @@ def kinds() -> dict[str, tuple[Any, Callable[..., torch.Tensor]]]:
 
     discrete, edm = known.ModelSamplingDiscrete, known.ModelSamplingContinuousEDM
     return {
-        "flow": (flow(3.0), as_flow),
+        "flow": (make(known.ModelSamplingDiscreteFlow, known.CONST, shift=3.0), as_flow),
         "noise": (make(discrete, known.EPS), as_noise),
         "velocity": (make(discrete, known.V_PREDICTION), as_velocity),
         "velocity, no signal at the end": (make(discrete, known.V_PREDICTION, zsnr=True), as_velocity),
@@ -85,14 +90,14 @@ def sampled(
     import comfy.samplers
 
     from para_core.comfy.calls import Evaluation, ModelCall
-    from para_core.comfy.forecasting import Forecaster
+    from para_core.comfy.forecasting import Forecaster, scale
     from para_core.comfy.lanes import Call
 
     sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, STEPS)
     own, evaluation, hits = None, Evaluation(), 0
     if preset is not None:
         window = Window(float(sampling.percent_to_sigma(PRESETS[preset].start_percent)))
-        own = Forecaster(Decisions(PRESETS[preset], window), sampling)
+        own = Forecaster(Decisions(PRESETS[preset], window), scale(sampling), float(sampling.sigma_max))
 
     def model(x: torch.Tensor, sigma: torch.Tensor, **_extra: Any) -> torch.Tensor:
         nonlocal hits
@@ -122,6 +127,23 @@ def test_foretold_steps_leave_an_error_like_that_of_flow_matching(kind: str, sam
     error = float((latent - exact).norm() / exact.norm())
     print(f"{kind}, {sampler}, {scheduler}: {hits} of {STEPS} foretold, error {error:.1%}")
     assert not none and hits >= 1 and error < 0.08
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.9, 3.0, 50.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weight_is_how_far_a_result_moves_the_latent_of_every_kind(kind: str, sigma: float) -> None:
+    """Of x / (1 + sigma), along the share of noise in it: by what ComfyUI's own ``calculate_denoised`` makes of a result."""
+    from para_core.comfy.forecasting import scale
+
+    sampling, _ = kinds()[kind]
+    own = scale(sampling)
+    sigma = sigma / 100 if kind == "flow" else sigma
+    x, result = torch.zeros(1, 1, 1, 1).double(), torch.ones(1, 1, 1, 1).double()
+    denoised = float(sampling.calculate_denoised(torch.tensor([sigma]).double(), result, x))
+    direction = -denoised / sigma  # dx / dsigma = (x - denoised) / sigma
+    shrinks = 1.0 if kind == "flow" else (1 + sigma) ** 2 / (1 + sigma)  # dsigma / du, and what the latent is divided by
+    assert own.weight(sigma) == pytest.approx(abs(direction) * shrinks, rel=1e-6)
+    assert own.level(sigma) == pytest.approx(sigma if kind == "flow" else sigma / (1 + sigma))
 
 
 def test_models_that_give_something_else_are_declined() -> None:

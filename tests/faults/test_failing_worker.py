@@ -46,7 +46,9 @@ def group(faulty, order):
 
 
 def fault(order: Path, at: str, how: str, **more: int) -> None:
-    order.write_text(json.dumps({"rank": 1, "at": at, "how": how, **more}))
+    written = order.with_suffix(".new")  # the worker may look at any time
+    written.write_text(json.dumps({"rank": 1, "at": at, "how": how, **more}))
+    written.rename(order)
 
 
 def check_alone(outcome: Outcome, prompt: Prompt, *words: str) -> None:

@@ -156,10 +156,11 @@ def test_workers_get_ready_while_nobody_waits_for_them_and_leave_if_nobody_comes
     from para_core.comfy import sidecars
 
     group = group_running(sidecars.SCRIPT)
-    group.timeouts.idle = 5.0
     group.warm(["cpu"])
     (member,) = group.members
     assert within(60, lambda: not member.replies.empty()), "it has imported what it needs"
+    group.timeouts.idle = 0.5
+    group._watch.wake()
     assert within(60, lambda: not alive([member.process.pid])) and not group.members
 
 

@@ -172,7 +172,9 @@ class Trial:
 
                 stack.callback(at_step(self.group, 0, 2.0, lambda: (at.append(time.time()), os.kill(self.group.pids[0], signal.SIGKILL))))
             elif fault.who == "worker":
-                self.order.write_text(json.dumps(failures.order(fault, self.messages, graph=self.graph)))
+                written = self.order.with_suffix(".new")  # the worker may look at any time
+                written.write_text(json.dumps(failures.order(fault, self.messages, graph=self.graph)))
+                written.rename(self.order)
             else:
                 stack.enter_context(failures.failing(fault, self.calls, at, graph=self.graph))
             found = run(self.single if one else self.shared, cpu=self.cpu)

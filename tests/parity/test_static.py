@@ -89,6 +89,16 @@ def test_code_that_a_node_has_put_on_a_layer_runs_on_the_layer_that_it_was_made_
     assert error(expected, sample(add(load(JOB.kind)), JOB)) > 1e-3 and streamed.reads == 0
 
 
+def test_what_the_last_run_has_left_in_the_model_does_not_count(streamed) -> None:
+    layer = streamed.model.get_model_object("diffusion_model").double_blocks[0].img_attn.qkv
+    other = streamed.model.clone()
+    other.add_object_patch("diffusion_model.double_blocks.0.img_attn.qkv.forward", MethodType(lambda self, x: type(self).forward(self, x), layer))
+    sample(attached(other, Compile("compile")), JOB)
+    assert streamed.reads == 0
+    sample(attached(streamed.model, Compile("compile")), JOB)
+    assert streamed.reads == 1
+
+
 def test_a_copy_can_be_unloaded_when_the_node_s_own_model_has_gone(streamed) -> None:
     import comfy.model_management
 

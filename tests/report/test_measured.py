@@ -119,7 +119,7 @@ def test_ranks_degrees_and_exchange_are_reported(comfy, monkeypatch, ranks, para
     assert report == line and line["ranks"] == ranks
     check_sums(line)
     assert f"Ranks: 2 (batch x ring x ulysses = {words}); exchange and waiting" in text and "MB sent a forward" in text
-    assert "before the first step: other ranks there after" in text and line["opening"].keys() == {"workers", "model"}
+    assert "s until the other ranks were there, " in text and line["opening"].keys() == {"workers", "model"}
     exchange = line["exchange"]
     assert 0 < exchange["share"] < 1 and exchange["of_seconds"] > exchange["seconds"] > 0
     assert abs(exchange["of_seconds"] - sum(step["seconds"] for step in line["timeline"])) < 1e-4

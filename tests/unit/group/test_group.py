@@ -158,6 +158,13 @@ def test_what_workers_have_to_say_is_kept_for_this_run_and_no_answer_to_anything
     assert not [*group.sayings()]
 
 
+def test_what_a_worker_has_dropped_is_known_whatever_comes_after_it():
+    group = Group(Path("none"), lambda *_: {})
+    member = Member(1, "cuda:1", SimpleNamespace(), models={1: "held", 2: "held"})  # type: ignore[arg-type, dict-item]
+    group.hear(member, "dropped", 1)
+    assert [*member.models] == [2] and member.replies.empty()
+
+
 def test_the_rate_of_every_worker_is_known_by_rank_and_each_is_asked_once():
     group = Group(Path("none"), lambda *_: {})
     asked: list[tuple[int, str, str]] = []

@@ -73,10 +73,15 @@ def worker(monkeypatch):
 def load(worker: Worker, number: int) -> list[int]:
     """Models that made room for this one."""
     order = {"id": number, "recipe": {"number": number}, "manifest": [], "size": GIB, "options": {"of": "rank 0"}}
+    worker.channel.told.clear()
     worker.on_model(order)
-    kind, payload = worker.channel.told[-1]
-    assert kind == "loaded" and payload["fingerprint"] == 7
-    return payload["dropped"]
+    assert worker.channel.told[-1] == ("loaded", 7)
+    return dropped(worker)
+
+
+def dropped(worker: Worker) -> list[int]:
+    """Models that rank 0 was told of, in the last call."""
+    return [payload for kind, payload in worker.channel.told if kind == "dropped"]
 
 
 def test_models_stay_while_they_fit(worker):
@@ -108,10 +113,11 @@ def test_a_model_too_large_for_the_device_drops_all_others_and_is_tried(worker):
 
 def room(worker: Worker, number: int, working: float) -> tuple[bool, list[int]]:
     """Whether this one would fit, with so many GiB to compute in, and what went for it."""
+    worker.channel.told.clear()
     worker.on_room({"id": number, "size": GIB, "working": int(working * GIB)})
-    kind, payload = worker.channel.told[-1]
+    kind, fits = worker.channel.told[-1]
     assert kind == "room"
-    return payload["fits"], payload["dropped"]
+    return fits, dropped(worker)
 
 
 def test_a_model_needs_room_to_be_computed_with(worker):
@@ -128,20 +134,33 @@ def test_for_a_model_that_is_here_others_go_until_it_can_be_computed_with(worker
     assert room(worker, 2, 2.5) == (False, [3]) and list(worker._models) == [2]
 
 
+def opened(worker: Worker, number: int, size: int) -> list[int]:
+    """What went for a file of so many GiB."""
+    worker.channel.told.clear()
+    worker.on_open({"id": number, "origin": {"number": number}, "patches": [], "options": {}, "size": size * GIB})
+    assert worker.channel.told[-1] == ("opened", None)
+    return dropped(worker)
+
+
 def test_a_file_is_opened_where_models_that_were_sent_have_made_room(worker):
     """ComfyUI knows nothing of those, and would fetch weights in every step."""
     for number in (1, 2):
         load(worker, number)
-    worker.on_open({"id": 3, "origin": {"number": 3}, "patches": [], "options": {}, "size": 2 * GIB})
-    assert worker.channel.told[-1] == ("opened", {"dropped": [1]})
-    worker.on_open({"id": 4, "origin": {"number": 4}, "patches": [], "options": {}, "size": 9 * GIB})
-    assert worker.channel.told[-1] == ("opened", {"dropped": [2]}) and list(worker._models) == [3, 4], "it makes room for its own itself"
-    worker.on_open({"id": 4, "origin": {"number": 4}, "patches": [], "options": {}, "size": 9 * GIB})
-    assert worker.channel.told[-1] == ("opened", {"dropped": []})
+    assert opened(worker, 3, 2) == [1]
+    assert opened(worker, 4, 9) == [2] and list(worker._models) == [3, 4], "it makes room for its own itself"
+    assert opened(worker, 4, 9) == []
+
+
+def test_rank_0_knows_what_was_dropped_for_a_file_that_cannot_be_opened(worker):
+    load(worker, 1)
+    worker.host.open_file = None
+    with pytest.raises(TypeError):
+        opened(worker, 2, 9)
+    assert dropped(worker) == [1] and not worker._models
 
 
 def test_of_a_file_that_is_open_what_is_on_the_device_counts_as_room(worker):
-    worker.on_open({"id": 1, "origin": {"number": 1}, "patches": [], "options": {}, "size": GIB})
+    opened(worker, 1, 1)
     assert room(worker, 1, 2.2) == (True, []) and room(worker, 1, 2.4) == (False, [])
 
 
