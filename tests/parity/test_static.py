@@ -90,9 +90,9 @@ def test_code_that_a_node_has_put_on_a_layer_runs_on_the_layer_that_it_was_made_
 
 
 def test_what_the_last_run_has_left_in_the_model_does_not_count(streamed) -> None:
-    layer = streamed.model.get_model_object("diffusion_model").double_blocks[0].img_attn.qkv
-    other = streamed.model.clone()
-    other.add_object_patch("diffusion_model.double_blocks.0.img_attn.qkv.forward", MethodType(lambda self, x: type(self).forward(self, x), layer))
+    name, other = "diffusion_model.double_blocks.0.img_attn.qkv", streamed.model.clone()
+    method = MethodType(lambda self, x: type(self).forward(self, x), other.get_model_object(name))
+    other.add_object_patch(f"{name}.forward", method)
     sample(attached(other, Compile("compile")), JOB)
     assert streamed.reads == 0
     sample(attached(streamed.model, Compile("compile")), JOB)
