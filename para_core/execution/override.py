@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,6 +87,9 @@ class AttentionOverride:
         return self._attend(exchange, call, beside)
 
     def _attend(self, exchange: Exchange | None, call: Call, beside: Beside | None = None) -> torch.Tensor:
+        forward = self.hooks.forward if self.hooks is not None else None
+        if exchange is not None and call.mask is not None and forward is not None and forward.cut.exact:
+            call = replace(call, low_precision=False, kwargs={**call.kwargs, "low_precision_attention": False})
         way = PLAIN if exchange is None else self.ways.way(exchange, call, self._where(), beside)
         out = attend_call(exchange, call, self.chooser.kernel(call), way, beside)
         self.attended()

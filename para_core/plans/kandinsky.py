@@ -14,6 +14,7 @@ PLAN = Plan(
             joint=("img",),
             tables={"freqs": (("img",), 1)},
             exchange=("self_attention",),
+            crosses=("cross_attention",),
         ),
     ),
     streams=("img",),

@@ -7,11 +7,15 @@ VIDEO, AUDIO = ("video",), ("audio",)
 
 
 def coupled(get) -> bool:
-    """The gates between the streams read the highest timestep of all rows: elsewhere it must be every row's own."""
+    """The gates between the streams read the highest timestep of all rows: elsewhere it must be every row's own.
+
+    And by the first row's mask all are given a timestep for every frame or for every token.
+    """
     timestep = get("timestep")
-    streams = timestep if isinstance(timestep, (tuple, list)) else [timestep]
-    highest = [own.reshape(len(own), -1).amax(1) for own in streams]
-    return any(bool((own != own[0]).any()) for own in highest)
+    streams = timestep if isinstance(timestep, (tuple, list)) else [timestep, get("a_timestep")]
+    highest = [own.reshape(len(own), -1).amax(1) for own in streams if own is not None]
+    mask = get("denoise_mask")
+    return any(bool((own != own[0]).any()) for own in (*highest, *([] if mask is None else [mask])))
 
 
 PLAN = Plan(

@@ -161,7 +161,7 @@ def compressed(segment: str) -> Rule:
 def guide_mask(cut: Cut, value):
     """LTX's guide mask, kept in two parts that go with two calls on ranges of queries, as one mask (1, 1, S, S) over all tokens.
 
-    Raises PlanError where that would be huge.
+    Stock forbids kernels that quantise in those calls. Raises PlanError where that would be huge.
     """
 
     def dense():
@@ -174,4 +174,5 @@ def guide_mask(cut: Cut, value):
         mask[:, :, start:stop] = value.tracked_mask
         return mask
 
+    cut.exact = True
     return cut.remember((id(value), "guide"), value, dense)

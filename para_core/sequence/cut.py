@@ -23,6 +23,7 @@ class Cut:
     lengths: whole rows of each segment. rows: rows of each segment on each rank. grids: segments whose rows are each a
     grid of several tokens: how many before and after the cut dim. regathered: segments that are whole between blocks.
     image_slice: ``img_slice`` of the transformer options in whole rows, where a rule has changed it to local ones.
+    exact: a rule has made a mask of calls that must not be quantised.
     """
 
     def __init__(self, rank: int, ranks: int, weights: Sequence[float] | None = None, regathered: Collection[str] = ()):
@@ -31,6 +32,7 @@ class Cut:
         self.rows: dict[str, tuple[int, ...]] = {}
         self.grids: dict[str, tuple[int, int]] = {}
         self.image_slice: list[int] | None = None
+        self.exact = False
         self._attended: dict[str, tuple[int, ...]] = {}
         self._pairs: dict[Any, Any] = {}
         self._remembered: dict[Any, tuple[Any, Any]] = {}

@@ -332,6 +332,8 @@ def place_stream(cut: Cut, spec: Blocks, block: Arguments, stream: str) -> None:
     options = block.get("transformer_options")
     joined = next((segments for _, _, segments in spec.held if stream in segments[1:]), None)
     if joined is not None and isinstance(options, dict) and "img_slice" in options:
+        if not any(cut.lengths[name] for name in joined[: joined.index(stream)]):
+            cut.image_slice = options["img_slice"]  # the blocks before were left out: what is cut as one is two for the patches
         local = [cut.width(joined[: joined.index(stream)]), cut.width(joined)]
         block.put("transformer_options", {**options, "img_slice": local})
 

@@ -57,6 +57,25 @@ def test_shared_forward_equals_stock(name: str, mesh: str) -> None:
     assert error(result, stock(model, call)) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["ltx video weak guide", "ltx 2 weak guide", "ltx video mask"], ids=ids)
+def test_attention_that_the_model_forbids_to_quantise_is_not_quantised_when_shared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from para_core.execution import override
+
+    asked: list[bool] = []
+    attend = override.attend_call
+
+    def attend_call(exchange, call, *rest):
+        if exchange is not None and call.mask is not None:
+            asked.append(call.low_precision or call.kwargs.get("low_precision_attention") is not False)
+        return attend(exchange, call, *rest)
+
+    monkeypatch.setattr(override, "attend_call", attend_call)
+    model, call = build(name)
+    (result,), _ = shared(model, [call], 1, 2)
+    assert error(result, stock(model, call)) < TOLERANCE
+    assert not any(asked) and bool(asked) is ("guide" in name)
+
+
 @pytest.mark.parametrize("name", some(1), ids=ids)
 def test_tokens_made_whole_between_blocks_change_nothing(name: str) -> None:
     model, call = build(name)

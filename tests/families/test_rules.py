@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,3 +35,21 @@ def test_ranges_with_one_index_or_one_a_row(text: int, image: int, ranks: int, d
         for start, stop, index in ranges(("txt", "img"))(cut, whole):
             local[start:stop] = index
         assert torch.equal(local, cut.local(expected, ("txt", "img"), 0))
+
+
+@pytest.mark.parametrize(
+    ("told", "together"),
+    [
+        ({"timestep": torch.ones(2, 3)}, False),
+        ({"timestep": torch.tensor([[1.0, 0.5], [0.5, 1.0]])}, False),
+        ({"timestep": torch.tensor([[1.0, 0.5], [0.5, 0.5]])}, True),
+        ({"timestep": (torch.ones(2, 3), torch.tensor([[1.0], [0.0]]))}, True),
+        ({"timestep": torch.ones(2, 3), "a_timestep": torch.tensor([[1.0], [0.0]])}, True),
+        ({"timestep": torch.ones(2, 3), "denoise_mask": torch.ones(2, 1, 2, 4, 4)}, False),
+        ({"timestep": torch.ones(2, 3), "denoise_mask": torch.ones(2, 1, 2, 4, 4) * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1, 1)}, True),
+    ],
+)
+def test_rows_of_ltx_2_stay_together_where_one_decides_for_the_others(told: dict, together: bool) -> None:
+    from para_core.plans.ltxav import coupled
+
+    assert coupled(told.get) is together

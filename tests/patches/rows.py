@@ -78,6 +78,14 @@ FORWARDS: dict[str, tuple[str, str, Callable[[], Options]]] = {
     },
     "skipped last single blocks": (SKIP, "flux2", lambda: replaced(codes.skip, 1, 2, kinds=("single_block",))),
     "skipped double blocks": (SKIP, "flux", lambda: replaced(codes.skip, 0, 1)),
+    **{
+        f"skipped double blocks and attention {family}": (
+            SKIP,
+            family,
+            lambda: {**replaced(codes.skip, 0, 1, 2, 3), "patches": {"attn1_patch": [codes.attention_inputs]}},
+        )
+        for family in ("flux", "chroma", "hunyuan video")
+    },
     "everything skipped": (SKIP, "chroma", lambda: replaced(codes.skip, 0, 1, 2, kinds=("double_block", "single_block"))),
     **{
         f"twice {family}": (REPLACED, family, lambda: replaced(codes.twice, 0, 1, 2, 3))
@@ -110,6 +118,7 @@ FORWARDS: dict[str, tuple[str, str, Callable[[], Options]]] = {
             "cogvideox",
             "wan image to video",
             "wan vace",
+            "kandinsky 5",
             "wan animate",
             "qwen image mask",
             "sd3.5 medium",
