@@ -123,7 +123,7 @@ def test_batch_rows_of_a_model_that_is_not_cut_run_on_several_ranks(name: str, b
     assert report["degrees"] == ([3, 1, 1] if "images" in batch else [2, 1, 1])
     kind = type(model.model.diffusion_model).__name__
     assert report["notes"] == [
-        f"No step is cached: the rule classic does not know the blocks of {kind}; forecast works with any model.",
+        f"No step is cached: the rule classic does not know the blocks of {kind}; forecast works there too.",
         f"Of {kind}, prompts and images of a batch run on several GPUs; one image of one prompt runs on one.",
     ]
     assert error(result, expected) < 1e-5 * STEPS * 3
