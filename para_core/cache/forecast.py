@@ -24,7 +24,7 @@ from functools import cached_property
 
 import torch
 
-from .predictor import ORDERS, History
+from .predictor import ORDERS, History, same
 from .reading import Reading
 
 LINE = ORDERS["taylor"]
@@ -89,9 +89,11 @@ class Track:
     measured: Measured | None = None
 
     def span(self, sigma: float) -> float:
-        """|(s - s0)(s - s1)| for the noise levels that the line is drawn through; 0 while there is no line."""
-        points = self.histories[0].points
-        return math.prod(abs(sigma - level) for level, _ in points) if len(points) == 2 else 0.0
+        """|(s - s0)(s - s1)| for the noise levels that the line is drawn through; 0 while there is no line, and at these levels."""
+        levels = [level for level, _ in self.histories[0].points]
+        if len(levels) < 2 or any(same(sigma, level) for level in levels):
+            return 0.0
+        return math.prod(abs(sigma - level) for level in levels)
 
     def expected(self, sigma: float) -> float:
         """The expected error of a foretold result, relative in the mean absolute; infinite where nothing is known of it.

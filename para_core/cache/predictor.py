@@ -6,6 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
+NEAR = 1e-4
+"""Relative difference below which two noise levels are one: some samplers come back to a level by logarithms, and through two
+results that close, each of another latent, no line can be drawn. Steps of a schedule are ten times as far apart and more."""
+
+
+def same(one: float, other: float) -> bool:
+    """Whether two noise levels are one."""
+    return abs(one - other) <= NEAR * max(abs(one), abs(other))
+
 
 @dataclass
 class History:
@@ -19,7 +28,7 @@ class History:
 
     def add(self, sigma: float, residual: torch.Tensor) -> None:
         """Remember a computed residual; a second evaluation at one noise level replaces the first."""
-        kept = tuple(point for point in self.points if point[0] != sigma)
+        kept = tuple(point for point in self.points if not same(point[0], sigma))
         self.points = (*kept, (sigma, residual))[-(self.order + 1) :]
 
     def predict(self, sigma: float) -> torch.Tensor:

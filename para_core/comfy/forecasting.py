@@ -14,6 +14,9 @@ from ..cache.forecast import FLOW, FLOW_BY_RATIO, NOISE, Forecast, Scale, distan
 from ..cache.rule import Decisions, decide
 from .calls import ModelCall, tensors
 
+NOISY = ("ancestral", "sde", "seeds", "sa_solver", "ddpm", "lcm")
+"""In the names of ComfyUI's samplers that add noise. What the last results say of the next ones then holds for none of them."""
+
 
 def scale(sampling: Any) -> Scale | None:
     """How a model with this ``model_sampling`` counts noise; None: nobody knows, as where it gives pictures and no direction."""
@@ -26,6 +29,14 @@ def scale(sampling: Any) -> Scale | None:
         comfy.model_sampling.V_PREDICTION_DDPM: velocity(),
     }
     return next((own for kind, own in known.items() if type(sampling).calculate_denoised is kind.calculate_denoised), None)
+
+
+def foreseen(sampling: Any, sampler: Any) -> Scale | str:
+    """The scale of a model with this ``model_sampling``; or why steps of it, with this ``Sampler`` of ComfyUI's, cannot be foretold."""
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", "").removeprefix("sample_")
+    if any(word in name for word in NOISY):
+        return f"the sampler {name} adds noise between steps, which the rule forecast cannot foresee"
+    return scale(sampling) or "the rule forecast does not know what this model's results are"
 
 
 class Forecaster:

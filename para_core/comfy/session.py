@@ -34,7 +34,7 @@ from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
 from . import accelerate, calls, compiling, objects, reports, resident, sidecars, static, windows
 from .calls import ModelCall
-from .forecasting import Forecaster, scale
+from .forecasting import Forecaster, foreseen
 from .lanes import Call, Lanes
 from .meter import Meter
 from .notify import Notes, show
@@ -49,7 +49,8 @@ def sample(executor, *args, **kwargs):
     if comfy.model_management.in_training:  # needs gradients, and every step
         Notes().say("ParaDiT's nodes do nothing here, because this run trains: they are for sampling.")
         return executor(*args, **kwargs)
-    session = Session(executor.class_obj, steps=len(args[3]) - 1 if len(args) > 3 else 0, shapes=kwargs.get("latent_shapes"))
+    sampler, steps = (args[2], len(args[3]) - 1) if len(args) > 3 else (None, 0)
+    session = Session(executor.class_obj, sampler=sampler, steps=steps, shapes=kwargs.get("latent_shapes"))
     try:
         session.open()
         result = executor(*session.listening(args), **kwargs)
@@ -62,7 +63,7 @@ def sample(executor, *args, **kwargs):
 class Session:
     """The state of one run on rank 0: settings, hooks, decisions of the cache, the split, and what to report."""
 
-    def __init__(self, guider: comfy.samplers.CFGGuider, *, steps: int, shapes: Sequence[Sequence[int]] | None = None):
+    def __init__(self, guider: comfy.samplers.CFGGuider, *, sampler: Any, steps: int, shapes: Sequence[Sequence[int]] | None = None):
         self.guider, self.patcher = guider, guider.model_patcher
         self.options: dict[str, Any] = guider.model_options
         self.notes = Notes()
@@ -79,8 +80,7 @@ class Session:
             objects.settle(self.patcher)
         self.model: torch.nn.Module = self.patcher.model.diffusion_model
         self.names = calls.names(self.model)
-        self.evaluation = calls.Evaluation()
-        self.lanes = Lanes()
+        self.evaluation, self.lanes = calls.Evaluation(), Lanes()
         self.split: Split | None = None
         self.runner: Runner | None = None
         self.decisions: Decisions | None = None
@@ -88,7 +88,7 @@ class Session:
         self.chooser: Chooser | None = None
         self.foreign = ""  # another node's attention override, which shared forwards use
         self.swapped = ""  # what other code has put into the model for this step
-        self.steps, self.forwards = steps, 0
+        self.sampler, self.steps, self.forwards = sampler, steps, 0
         self.shapes = shapes  # of the latents, which are one long row where there are several
         self.meter = Meter(self.patcher.load_device)
         self.latents: reports.Mark | None = None
@@ -122,11 +122,11 @@ class Session:
                 devices = []
         if caching and self.caching is not None and self.caching.rule == "forecast":
             caching, sampling = False, self.patcher.get_model_object("model_sampling")
-            if (own := scale(sampling)) is not None:
+            if isinstance(own := foreseen(sampling, self.sampler), str):
+                self.notes.say(f"No step is cached: {own}.")
+            else:
                 self.decisions = self._decisions(self.caching)
                 self.forecaster = Forecaster(self.decisions, own, float(sampling.sigma_max))
-            else:
-                self.notes.say("No step is cached: the rule forecast does not know what this model's results are.")
         if caching or devices or self.compiling.mode != "off":
             self._install(chooser, caching, devices)
         if self.runner is not None or self.attention is not None:

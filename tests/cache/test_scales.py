@@ -113,12 +113,16 @@ def sampled(
             hits += 1
         return sampling.calculate_denoised(sigma, found[0], x)
 
+    # what samplers ask that count in signal-to-noise ratios
+    model.inner_model = SimpleNamespace(model_patcher=SimpleNamespace(get_model_object=lambda _name: sampling))  # type: ignore[attr-defined]
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(7))
     x = sampling.noise_scaling(sigmas[0], noise, torch.zeros(SHAPE), True)
     return getattr(comfy.k_diffusion.sampling, f"sample_{sampler}")(model, x, sigmas, disable=True), hits
 
 
-@pytest.mark.parametrize(("sampler", "scheduler"), [("euler", "normal"), ("euler", "simple"), ("dpmpp_2m", "karras")])
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"), [("euler", "normal"), ("euler", "simple"), ("dpmpp_2m", "karras"), ("exp_heun_2_x0", "karras")]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_foretold_steps_leave_an_error_like_that_of_flow_matching(kind: str, sampler: str, scheduler: str) -> None:
     sampling, output = kinds()[kind]
@@ -144,6 +148,18 @@ def test_the_weight_is_how_far_a_result_moves_the_latent_of_every_kind(kind: str
     shrinks = 1.0 if kind == "flow" else (1 + sigma) ** 2 / (1 + sigma)  # dsigma / du, and what the latent is divided by
     assert own.weight(sigma) == pytest.approx(abs(direction) * shrinks, rel=1e-6)
     assert own.level(sigma) == pytest.approx(sigma if kind == "flow" else sigma / (1 + sigma))
+
+
+@pytest.mark.parametrize(
+    ("name", "noisy"), [("euler", False), ("euler_ancestral", True), ("dpmpp_2m_sde_gpu", True), ("uni_pc", False), ("dpm_fast", False)]
+)
+def test_with_samplers_that_add_noise_no_step_is_foretold(name: str, noisy: bool) -> None:
+    from comfy.samplers import sampler_object
+
+    from para_core.comfy.forecasting import foreseen
+
+    found = foreseen(kinds()["flow"][0], sampler_object(name))
+    assert isinstance(found, str) is noisy and (not noisy or name in found)
 
 
 def test_models_that_give_something_else_are_declined() -> None:
