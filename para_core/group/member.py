@@ -107,7 +107,7 @@ class Member:
         try:
             self.channel.tell(kind, payload)
         except ChannelClosed as error:
-            raise RankLost(f"{self} has gone") from error
+            raise RankLost(f"{self} {self.fate()}") from error
 
     def urge(self, kind: str, payload: Any) -> None:
         """``tell`` for the watch thread: a worker that has gone, or to which another thread is talking, is left alone."""

@@ -72,4 +72,4 @@ def test_patches_that_come_in_the_middle_of_a_run_are_not_lost_on_compiled_block
 
 def test_families_whose_attention_cannot_be_gathered_are_known() -> None:
     families = {plan.family for plan in PLANS if not plan.gatherable}
-    assert families == {"LTX-2", "Cosmos 1", "Wan HuMo", "Kandinsky 5"}, "the README's table names them"
+    assert families == {"LTX-2", "Cosmos 1", "Wan HuMo"}, "the README's table names them"
