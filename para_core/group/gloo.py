@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from .transport import LOOK, CommunicationFailed, Life, failures
+from .transport import LOOK, Life, failures, interruptible
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -95,7 +93,7 @@ class Gloo:
         self._sent = [itertools.count() for _ in range(size)]
         self._received = [itertools.count() for _ in range(size)]
         self._group: Any = None
-        self._group = _interruptible(lambda: gloo(store, rank, size, options), deadline, life.check)
+        self._group = interruptible(lambda: gloo(store, rank, size, options), life.check, deadline)
 
     def start_all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int], *, ahead: bool = False
@@ -174,22 +172,3 @@ class Gloo:
     def __del__(self) -> None:
         if self._group is not None:
             self.close()
-
-
-def _interruptible(make: Callable[[], Any], deadline: float, check: Callable[[], None]) -> Any:
-    """``make()`` in a thread, which is left behind if ``check`` raises or the deadline passes."""
-    made: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            made.set_result(make())
-        except RuntimeError as error:
-            made.set_exception(error)
-
-    threading.Thread(target=run, name="paradit-connect", daemon=True).start()
-    while not wait([made], timeout=LOOK).done:
-        check()
-        if time.monotonic() > deadline:
-            raise CommunicationFailed("the ranks met, but did not connect in time")
-    with failures():
-        return made.result()

@@ -2,9 +2,12 @@
 
 Torch's ``ProcessGroupNCCL`` is not used because of how it treats a lost peer (tried on torch 2.11): its watchdog keeps the
 group's locks for a minute, so that ``abort`` hangs, and then ends the process, which here is ComfyUI. NCCL itself needs a
-dozen functions, unchanged since 2.14. Communicators are non-blocking: a call that has to wait for peers returns at once and
-is polled, so that every wait can be ended, and ``ncclCommAbort`` frees the GPU from what never finishes (NCCL user guide,
-"Fault tolerance").
+dozen functions, unchanged since 2.18.
+
+A communicator that does not block can be aborted while it still connects, but launches every collective in a new thread: on two
+H200 a call takes 60 us then, and 15 us otherwise. So one is made that does not block, and split into another that does, with which
+it shares resources: aborting the first ends what the second is in, on the processor and on the GPU (NCCL user guide, "Fault
+tolerance" and ``splitShare``). Ranks connect when they first do something together: that is waited for in a thread that can be left.
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ import functools
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .transport import REMEDY, CommunicationFailed, Life
+from .transport import REMEDY, CommunicationFailed, Life, interruptible
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -38,11 +41,14 @@ _DTYPES = {
     torch.bfloat16: 9,
 }
 
-_SPIN = 0.001  # seconds for which a call in progress is looked at without a pause: NCCL's thread should have launched long before
-_POLL = 0.0002  # seconds between later looks
-_ENDED = 2.0  # seconds that ``close`` waits for an aborted communicator to be gone
+_POLL = 0.0002  # seconds between looks at what connects
+_ENDED = 2.0  # seconds that an aborted communicator is waited for
 SHARED = "/dev/shm"  # where GPUs that do not reach each other's memory exchange messages
 ROOM = 2**30  # bytes of it that NCCL's user guide advises; Docker gives 64 MB unless it is told otherwise
+
+
+Messages = Sequence[tuple[int, torch.Tensor]]
+"""Peers, and what is sent to them or comes from them."""
 
 
 class _UniqueId(ctypes.Structure):
@@ -65,9 +71,9 @@ class _Config(ctypes.Structure):
     ]
 
 
-def _non_blocking() -> _Config:
+def _config(*, blocking: bool) -> _Config:
     undefined = -(2**31)
-    return _Config(ctypes.sizeof(_Config), 0xCAFEBEEF, 21800, 0, undefined, undefined, undefined, None, undefined)
+    return _Config(ctypes.sizeof(_Config), 0xCAFEBEEF, 21800, blocking, undefined, undefined, undefined, None, True)
 
 
 @functools.cache
@@ -81,6 +87,7 @@ def _library() -> ctypes.CDLL:
     signatures: dict[str, list[Any]] = {
         "ncclGetUniqueId": [ctypes.POINTER(_UniqueId)],
         "ncclCommInitRankConfig": [ctypes.POINTER(pointer), number, _UniqueId, number, ctypes.POINTER(_Config)],
+        "ncclCommSplit": [pointer, number, number, ctypes.POINTER(pointer), ctypes.POINTER(_Config)],
         "ncclCommGetAsyncError": [pointer, ctypes.POINTER(number)],
         "ncclCommAbort": [pointer],
         "ncclAllReduce": [pointer, pointer, size, number, number, pointer, pointer],
@@ -114,6 +121,14 @@ def _remedy(code: int, said: str) -> str:
     return REMEDY if unreached else ""
 
 
+def _state(comm: ctypes.c_void_p) -> int:
+    """Success, or in progress. Raises ``CommunicationFailed`` if the communicator has failed."""
+    state = ctypes.c_int()
+    _check(_library().ncclCommGetAsyncError(comm, ctypes.byref(state)))
+    _check(state.value)
+    return state.value
+
+
 def apart() -> bool:
     """Whether some GPUs do not reach each other's memory: alike for all ranks, which see the same GPUs."""
     there = range(torch.cuda.device_count())
@@ -136,12 +151,29 @@ def publish_id(store: Store, rank: int) -> None:
         store.set("id", bytes(unique).hex())
 
 
-def _end(comm: ctypes.c_void_p, device: torch.device, unwanted: threading.Event) -> None:
-    """Abort ``comm`` once it is ``unwanted``: a thread's."""
-    unwanted.wait()
-    if comm:
-        with torch.cuda.device(device):
-            _library().ncclCommAbort(comm)
+class _Comms:
+    """A group's two communicators, and the end of both: for a thread that does not keep the ``Nccl`` they belong to alive.
+
+    splitting: held while ``first`` is split, which does not outlast the end of a peer's process. calls: held during ``used``'s.
+    """
+
+    def __init__(self, device: torch.device):
+        self.first, self.used = ctypes.c_void_p(), ctypes.c_void_p()
+        self.splitting, self.calls, self.unwanted = threading.Lock(), threading.Lock(), threading.Event()
+        self._device = device
+
+    def end(self) -> None:
+        """Abort both once they are ``unwanted``."""
+        self.unwanted.wait()
+        with torch.cuda.device(self._device):
+            with self.splitting:
+                if self.first:
+                    _library().ncclCommAbort(self.first)
+            free = self.calls.acquire(timeout=_ENDED)  # what the line above has ended, where resources are shared
+            if self.used:
+                _library().ncclCommAbort(self.used)
+            if free:
+                self.calls.release()
 
 
 class Nccl:
@@ -153,24 +185,38 @@ class Nccl:
 
     def __init__(self, store: Store, rank: int, size: int, device: torch.device, life: Life, deadline: float):
         self._rank, self._size, self._device, self._life = rank, size, device, life
-        self._lock = threading.Lock()  # held during calls, which are short; not while polling
         self._aborted = False
+        self._connected: set[tuple[Any, ...]] = set()
         # of high priority: else a message waits until the attention that it shall travel beside leaves a multiprocessor free
         self._aside = torch.cuda.Stream(device, priority=-1)
-        self._comm = ctypes.c_void_p()
-        self._unwanted = threading.Event()
+        self._comms = _Comms(device)
         # started now, because an interpreter on its way out starts no more threads; it does not keep this object alive
-        self._end = threading.Thread(target=_end, args=(self._comm, device, self._unwanted), name="paradit-abort", daemon=True)
+        self._end = threading.Thread(target=self._comms.end, name="paradit-abort", daemon=True)
         self._end.start()
-        unique, config = _UniqueId.from_buffer_copy(bytes.fromhex(store.get("id").decode())), _non_blocking()
         try:
             with torch.cuda.device(device):
-                code = _library().ncclCommInitRankConfig(ctypes.byref(self._comm), size, unique, rank, ctypes.byref(config))
-            _check(code)
-            self._poll(deadline)
+                self._connect(_UniqueId.from_buffer_copy(bytes.fromhex(store.get("id").decode())), deadline)
         except BaseException:
             self.abort()
             raise
+
+    def _connect(self, unique: _UniqueId, deadline: float) -> None:
+        comms, library = self._comms, _library()
+        config = _config(blocking=False)
+        _check(library.ncclCommInitRankConfig(ctypes.byref(comms.first), self._size, unique, self._rank, ctypes.byref(config)))
+        while _state(comms.first) == _IN_PROGRESS:
+            self._life.check()
+            if time.monotonic() > deadline:
+                raise CommunicationFailed(f"the ranks met, but did not connect in time; {REMEDY}")
+            time.sleep(_POLL)
+
+        def split() -> None:
+            config = _config(blocking=True)
+            with comms.splitting, torch.cuda.device(self._device):
+                self._open()
+                _check(library.ncclCommSplit(comms.first, 0, self._rank, ctypes.byref(comms.used), ctypes.byref(config)))
+
+        interruptible(split, self._life.check, deadline)
 
     def start_all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int], *, ahead: bool = False
@@ -189,12 +235,12 @@ class Nccl:
         kind = _DTYPES.get(tensor.dtype)
         if kind is None:
             raise TypeError(f"NCCL does not sum {tensor.dtype}")
-        data = tensor.data_ptr()
-        self._call(lambda library: library.ncclAllReduce(data, data, tensor.numel(), kind, _SUM, self._comm, self._stream()))
+        data, stream = tensor.data_ptr(), self._stream()
+        self._call(lambda library, comm: library.ncclAllReduce(data, data, tensor.numel(), kind, _SUM, comm, stream), "sum")
 
     def start_broadcast(self, tensor: torch.Tensor, root: int) -> None:
-        data = tensor.data_ptr()
-        self._call(lambda library: library.ncclBroadcast(data, data, tensor.numel(), _UINT8, root, self._comm, self._stream()))
+        data, stream = tensor.data_ptr(), self._stream()
+        self._call(lambda library, comm: library.ncclBroadcast(data, data, tensor.numel(), _UINT8, root, comm, stream), "broadcast", root)
 
     def start_shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Any:
         return self._beside([(to, sent)], [(source, received)], sent, received)
@@ -205,7 +251,9 @@ class Nccl:
 
     def check(self) -> None:
         """Raises ``CommunicationFailed`` if NCCL has noticed a lost peer."""
-        self._state()
+        with self._comms.calls:
+            self._open()
+            _state(self._comms.used)
 
     def abort(self) -> None:
         """Free the GPU from pending collectives, and close. For any thread; does not wait.
@@ -213,9 +261,8 @@ class Nccl:
         ``ncclCommAbort`` ends what is on the GPU at once, but returns only when no CUDA graph holds a collective of this
         communicator any more. Those graphs are another thread's to drop, which must not wait for this one meanwhile.
         """
-        with self._lock:
-            self._aborted = True
-        self._unwanted.set()
+        self._aborted = True
+        self._comms.unwanted.set()
 
     def close(self) -> None:
         """Waits a moment until the communicator is gone: a process that ends before may crash on its way out."""
@@ -223,13 +270,13 @@ class Nccl:
         self._end.join(_ENDED)
 
     def __del__(self) -> None:
-        if hasattr(self, "_unwanted"):
-            self._unwanted.set()
+        if hasattr(self, "_comms"):
+            self._comms.unwanted.set()
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream
 
-    def _beside(self, sends: Iterable[tuple[int, torch.Tensor]], receives: Iterable[tuple[int, torch.Tensor]], *kept: torch.Tensor) -> Any:
+    def _beside(self, sends: Messages, receives: Messages, *kept: torch.Tensor) -> Any:
         """``_exchange`` on the stream beside the current one, after what the latter has been given so far."""
         ready, done = torch.cuda.Event(), torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._device))
@@ -238,53 +285,32 @@ class Nccl:
         done.record(self._aside)
         return done, *kept  # the tensors' memory stays theirs until the current stream waits
 
-    def _exchange(self, sends: Iterable[tuple[int, torch.Tensor]], receives: Iterable[tuple[int, torch.Tensor]], stream: int) -> None:
+    def _exchange(self, sends: Messages, receives: Messages, stream: int) -> None:
         """Flat uint8 tensors to and from peers, as one operation; empty ones are left out."""
+        sends, receives = ([message for message in messages if message[1].numel()] for messages in (sends, receives))
 
-        def exchange(library: ctypes.CDLL) -> int:
+        def exchange(library: ctypes.CDLL, comm: ctypes.c_void_p) -> int:
             codes = [library.ncclGroupStart()]
-            for peer, data in sends:
-                if data.numel():
-                    codes.append(library.ncclSend(data.data_ptr(), data.numel(), _UINT8, peer, self._comm, stream))
-            for peer, data in receives:
-                if data.numel():
-                    codes.append(library.ncclRecv(data.data_ptr(), data.numel(), _UINT8, peer, self._comm, stream))
+            for act, messages in ((library.ncclSend, sends), (library.ncclRecv, receives)):
+                codes += [act(data.data_ptr(), data.numel(), _UINT8, peer, comm, stream) for peer, data in messages]
             codes.append(library.ncclGroupEnd())
-            return next((code for code in codes if code not in (_SUCCESS, _IN_PROGRESS)), codes[-1])
+            return next((code for code in codes if code != _SUCCESS), _SUCCESS)
 
-        self._call(exchange)
+        self._call(exchange, *(peer for peer, _ in sends), None, *(peer for peer, _ in receives))
 
-    def _call(self, act: Callable[[ctypes.CDLL], int]) -> None:
-        with self._lock:
-            self._open()
-            code = act(_library())
-        _check(code)
-        if code == _IN_PROGRESS:
-            self._poll(None)
+    def _call(self, act: Callable[[ctypes.CDLL, ctypes.c_void_p], int], *kind: Any) -> None:
+        """``act``, the first one of its ``kind`` in a thread: it may wait for other ranks."""
 
-    def _poll(self, deadline: float | None) -> None:
-        """Wait until NCCL has done what the last call began on this side: connecting to peers, or only launching.
+        def call() -> None:
+            with self._comms.calls:
+                self._open()
+                _check(act(_library(), self._comms.used))
 
-        A communicator that does not block launches every collective in a thread of its own, and each of a forward's would be
-        late by what a pause takes.
-        """
-        began = time.monotonic()
-        while self._state() == _IN_PROGRESS:
-            now = time.monotonic()
-            if now < began + _SPIN:
-                continue
-            self._life.check()
-            if deadline is not None and now > deadline:
-                raise CommunicationFailed(f"the ranks met, but did not connect in time; {REMEDY}")
-            time.sleep(_POLL)
-
-    def _state(self) -> int:
-        state = ctypes.c_int()
-        with self._lock:
-            self._open()
-            _check(_library().ncclCommGetAsyncError(self._comm, ctypes.byref(state)))
-        _check(state.value)
-        return state.value
+        if kind in self._connected:
+            call()
+        else:
+            interruptible(call, self._life.check)
+            self._connected.add(kind)
 
     def _open(self) -> None:
         if self._aborted:

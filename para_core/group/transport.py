@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from concurrent.futures import Future, wait
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ..stopwatch import Exchanged
+
+Made = TypeVar("Made")
 
 LOOK = 0.1  # seconds between looks at ``Life.check`` while a collective is pending
 REMEDY = "NCCL_P2P_DISABLE=1 in the environment of ComfyUI has them go through the host's memory"
@@ -77,3 +83,22 @@ def failures() -> Iterator[None]:
     except RuntimeError as error:
         text = str(error).strip().splitlines() or ["the collective failed"]
         raise CommunicationFailed(re.sub(r"^\[[^]]*\] ", "", text[0]).partition(". This is typically")[0]) from error
+
+
+def interruptible(make: Callable[[], Made], check: Callable[[], None], deadline: float = math.inf) -> Made:
+    """``make()`` in a thread, which is left behind if ``check`` raises or the deadline (``time.monotonic``) passes."""
+    made: Future[Made] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except RuntimeError as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="paradit-connect", daemon=True).start()
+    while not wait([made], timeout=LOOK).done:
+        check()
+        if time.monotonic() > deadline:
+            raise CommunicationFailed("the ranks met, but did not connect in time")
+    with failures():
+        return made.result()

@@ -21,10 +21,17 @@ import torch
 from para_core.group import communicator, nccl
 from para_core.group.transport import CommunicationFailed, Life
 
+FIRST, USED = 1, 2  # the group's communicators
+
 
 def library(monkeypatch) -> threading.Event:
     gone = threading.Event()
-    library = SimpleNamespace(ncclCommAbort=lambda _comm: gone.wait(30), ncclCommGetAsyncError=lambda _comm, _state: 0)
+    library = SimpleNamespace(
+        ncclCommAbort=lambda comm: gone.wait(30) if comm.value == USED else None,
+        ncclCommGetAsyncError=lambda _comm, _state: 0,
+        ncclGetErrorString=lambda _code: b"",
+        ncclGetLastError=lambda _comm: b"",
+    )
     monkeypatch.setattr(nccl, "_library", lambda: library)
     monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
     return gone
@@ -49,9 +56,10 @@ def transport(graphs) -> Iterator[nccl.Nccl]:
 def make() -> nccl.Nccl:
     """Made as ``__init__`` does it, without a store and other ranks."""
     found, device = object.__new__(nccl.Nccl), torch.device("cuda", 0)
-    found._comm, found._life, found._lock, found._aborted = ctypes.c_void_p(1), Life(), threading.Lock(), False
-    found._unwanted = threading.Event()
-    found._end = threading.Thread(target=nccl._end, args=(found._comm, device, found._unwanted), daemon=True)
+    found._rank, found._size, found._device, found._life = 0, 2, device, Life()
+    found._aborted, found._connected, found._comms = False, set(), nccl._Comms(device)
+    found._comms.first, found._comms.used = ctypes.c_void_p(FIRST), ctypes.c_void_p(USED)
+    found._end = threading.Thread(target=found._comms.end, daemon=True)
     found._end.start()
     return found
 
@@ -109,36 +117,76 @@ atexit.register(close)
     assert done.stdout.strip() == "gone", done.stderr
 
 
-def looks(monkeypatch, launched: int) -> list[float]:
-    """From now on NCCL says ``launched`` times that a call is in progress. Returns the pauses that are made meanwhile."""
-    pauses, seen = [], iter([7] * launched)
+def test_what_others_are_waited_for_in_can_be_left_and_what_comes_later_takes_no_thread(transport):
+    """Ranks connect in the first call of a kind: two a block follow in every step."""
+    callers: list[str] = []
+    stuck = threading.Event()
 
-    def state(_comm, found) -> int:
-        found._obj.value = next(seen, 0)
+    def act(_library, comm) -> int:
+        callers.append(threading.current_thread().name)
+        assert comm.value == USED
         return 0
 
-    nccl._library().ncclCommGetAsyncError = state
-    monkeypatch.setattr(nccl, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append))
-    return pauses
+    for kind in ((1, None, 1), (1, None, 1), ("sum",), (1, None, 1)):
+        transport._call(act, *kind)
+    here = threading.current_thread().name
+    assert [name == here for name in callers] == [False, True, False, True]
 
+    def wait(_library, _comm) -> int:
+        stuck.wait(30)
+        return 3
 
-def test_a_launch_is_not_late_by_a_pause(transport, monkeypatch):
-    """NCCL launches every collective in another thread, so that each is in progress for a moment: two a block, in every step."""
-    monkeypatch.setattr(nccl, "_SPIN", 60.0)
-    pauses = looks(monkeypatch, 20)
-    transport._call(lambda _library: 7)
-    assert pauses == []
-
-
-def test_a_call_that_waits_for_others_pauses_between_looks_and_can_be_ended(transport, monkeypatch):
-    monkeypatch.setattr(nccl, "_SPIN", 0.0)
-    pauses = looks(monkeypatch, 3)
-    transport._call(lambda _library: 7)
-    assert len(pauses) == 3
-    looks(monkeypatch, 10**6)
-    transport._life.aborted = True
+    threading.Timer(0.2, setattr, (transport._life, "aborted", True)).start()
     with pytest.raises(CommunicationFailed, match="aborted"):
-        transport._call(lambda _library: 7)
+        transport._call(wait, 2, None, 2)
+    stuck.set()
+
+
+def test_a_call_that_hangs_is_ended_by_the_communicator_that_is_not_in_use(graphs, transport):
+    """Its own must not be aborted while a thread is in it."""
+    aborted: list[int] = []
+    ended = threading.Event()
+
+    def abort(comm) -> None:
+        aborted.append(comm.value)
+        ended.set()
+
+    def hang(_library, _comm) -> int:
+        assert ended.wait(30)
+        time.sleep(0.2)
+        aborted.append(0)  # left the call
+        return 3
+
+    nccl._library().ncclCommAbort = abort
+    nccl._library().ncclGetLastError = lambda _comm: b"aborted"
+    transport._connected.add((1, None, 1))
+    threading.Timer(0.1, transport.abort).start()
+    with pytest.raises(CommunicationFailed, match="aborted"):
+        transport._call(hang, 1, None, 1)
+    transport.close()
+    assert aborted == [FIRST, 0, USED]
+
+
+def test_a_call_that_nothing_ends_does_not_keep_the_gpu_busy(graphs, transport, monkeypatch):
+    """Where resources are not shared after all: what runs on the GPU is freed by aborting what it belongs to."""
+    monkeypatch.setattr(nccl, "_ENDED", 0.2)
+    aborted: list[int] = []
+    nccl._library().ncclCommAbort = lambda comm: aborted.append(comm.value)
+    with transport._comms.calls:
+        transport.close()
+        transport._end.join(10)
+        assert aborted == [FIRST, USED]
+
+
+def test_only_what_has_a_size_is_sent_and_counts_as_connected(transport):
+    done: list[tuple] = []
+    fake = nccl._library()
+    fake.ncclGroupStart = fake.ncclGroupEnd = lambda: 0
+    fake.ncclSend = lambda _data, size, _kind, peer, comm, stream: done.append(("to", peer, size, comm.value, stream)) or 0
+    fake.ncclRecv = lambda _data, size, _kind, peer, comm, stream: done.append(("from", peer, size, comm.value, stream)) or 0
+    some, none = torch.zeros(3, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)
+    transport._exchange([(1, some), (2, none)], [(1, none), (2, some)], 7)
+    assert done == [("to", 1, 3, USED, 7), ("from", 2, 3, USED, 7)] and transport._connected == {(1, None, 2)}
 
 
 SHORT, UNREACHED = "docker run --shm-size=1g", "NCCL_P2P_DISABLE=1"
