@@ -13,7 +13,7 @@ import torch
 
 from ..log import log
 
-BLOCK = 32  # heads that a program moves at once
+BLOCK = 32  # heads that a program moves at once, at most
 
 
 @lru_cache(maxsize=8)
@@ -24,7 +24,7 @@ def kernels(device: torch.device) -> Any:
 
         tokens = torch.zeros(1, 1, 1, 1, device=device)
         packing_kernels.pack[1, 3, 1](
-            tokens, tokens, tokens, tokens, tokens.new_empty(3), *[1] * 9, 1, 1, 1, 1, 0, 1, D=1, DIMS=1, HEADS=BLOCK
+            tokens, tokens, tokens, tokens, tokens.new_empty(3), *[1] * 9, 1, 1, 1, 0, 1, 1, 0, 1, 0, 1, D=1, DIMS=1, HEADS=BLOCK
         )
     except Exception as error:  # noqa: BLE001  no Triton, no C compiler, no headers, an old card: each raises something else
         log.info("what is exchanged is packed by plain copies: %s", str(error).partition("\n")[0])
@@ -41,30 +41,49 @@ def possible(*tensors: torch.Tensor) -> bool:
     return torch.version.hip is None and kernels(tensors[0].device) is not None
 
 
-def pack(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sent: torch.Tensor, own: torch.Tensor, *, rank: int, ranks: int) -> None:
+def pack(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sent: torch.Tensor,
+    own: torch.Tensor,
+    *,
+    q_heads: slice,
+    kv_heads: slice,
+    rank: int,
+    ranks: int,
+) -> None:
     """Fill ``sent`` with pieces for the other ranks in their order, and ``own`` ``(S, B, q | k | v heads, D)`` with this rank's.
 
-    q ``(B, H, S, D)``, k and v ``(B, Hkv, S, D)`` with heads for every one of ``ranks``. Pieces are laid out as ``own``; ``sent``
-    is flat.
+    q ``(B, H, S, D)``, k and v ``(B, Hkv, S, D)`` with as many heads for every one of ``ranks``, of which those in ``q_heads`` and
+    ``kv_heads`` are taken. Pieces are laid out as ``own``; ``sent`` is flat.
     """
     batch, heads, rows, dim = q.shape
-    kv_heads = k.shape[1]
-    grid = (rows, 3 * batch, -(-max(heads, kv_heads) // BLOCK))
-    kernels(q.device).pack[grid](
-        q, k, v, sent, own, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], rows, batch, heads // ranks, kv_heads // ranks, rank, ranks,
-        D=dim, DIMS=_power(dim), HEADS=BLOCK,
+    shares = (heads // ranks, q_heads), (k.shape[1] // ranks, kv_heads)
+    most = max(_length(q_heads), _length(kv_heads)) * ranks
+    block = min(BLOCK, _power(most))
+    kernels(q.device).pack[rows, 3 * batch, -(-most // block)](
+        q, k, v, sent, own, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], rows, batch,
+        *(number for share, some in shares for number in (share, some.start, _length(some))), rank, ranks,
+        D=dim, DIMS=_power(dim), HEADS=block,
     )  # fmt: skip
 
 
-def unpack(own: torch.Tensor, received: torch.Tensor, whole: torch.Tensor, *, rank: int) -> None:
-    """Fill ``whole`` ``(B, S, H, D)`` with this rank's heads ``own`` ``(B, h, S, D)`` and the others', ``received`` as flat pieces
-    ``(S, B, h, D)`` in their order."""
-    batch, rows, heads, dim = whole.shape
-    grid = (rows, batch, -(-heads // BLOCK))
-    share = own.shape[1]
-    kernels(own.device).unpack[grid](
-        own, received, whole, *own.stride()[:3], rows, batch, share, rank, heads // share, D=dim, DIMS=_power(dim), HEADS=BLOCK
-    )
+def unpack(own: torch.Tensor, received: torch.Tensor, whole: torch.Tensor, *, heads: slice, rank: int) -> None:
+    """Fill every rank's ``heads`` of ``whole`` ``(B, S, H, D)`` with this rank's ``own`` ``(B, h, S, D)`` and the others', ``received``
+    as flat pieces ``(S, B, h, D)`` in their order. All ranks have equally many, and of each ``heads`` are meant."""
+    batch, rows, all_heads, dim = whole.shape
+    count = _length(heads)
+    ranks = 1 + received.numel() // max(1, rows * batch * count * dim)
+    block = min(BLOCK, _power(count * ranks))
+    kernels(own.device).unpack[rows, batch, -(-count * ranks // block)](
+        own, received, whole, *own.stride()[:3], rows, batch, all_heads // ranks, heads.start, count, rank, ranks,
+        D=dim, DIMS=_power(dim), HEADS=block,
+    )  # fmt: skip
+
+
+def _length(heads: slice) -> int:
+    return heads.stop - heads.start
 
 
 def _power(size: int) -> int:

@@ -146,8 +146,8 @@ class Trade:
 
     @cached_property
     def alike(self) -> bool:
-        """Whether every rank has equally many heads, and all of them travel at once."""
-        return self.count == 1 and len(set(self.heads.q)) == len(set(self.heads.kv)) == 1
+        """Whether every rank has equally many heads, and some of them travel."""
+        return len(set(self.heads.q)) == len(set(self.heads.kv)) == 1 and self.own.kv_heads > 0
 
     @cached_property
     def own(self) -> Piece:
@@ -210,7 +210,8 @@ def scatter(
         whole = (q.new_empty(sum(trade.q_rows), *own.q[1:]), *q.new_empty(sum(trade.kv_rows), *own.kv[1:]).chunk(2, dim=2))
     if form is ROWS and trade.alike and packing.possible(q, k, v):
         before = sum(trade.q_rows[:rank])
-        packing.pack(q, k, v, sent, joined[before : before + trade.q_rows[rank]], rank=rank, ranks=len(trade.q_rows))
+        place, heads = joined[before : before + trade.q_rows[rank]], (part.q[rank], part.kv[rank])
+        packing.pack(q, k, v, sent, place, q_heads=heads[0], kv_heads=heads[1], rank=rank, ranks=len(trade.q_rows))
     else:
         for first, last, piece in trade.outward:
             tensors = _heads_of(q, part, first, last), _heads_of(k, part, first, last, kv=True), _heads_of(v, part, first, last, kv=True)
@@ -257,7 +258,7 @@ def gather(
     def finish() -> None:
         wait()
         if packed:
-            packing.unpack(own, received, whole, rank=rank)
+            packing.unpack(own, received, whole, heads=part.q[rank], rank=rank)
             return
         for first, last, piece in trade.outward:
             block = _block(received, trade.back_received, first, last)

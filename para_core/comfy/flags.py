@@ -36,7 +36,10 @@ def adopt(flags: dict[str, Any]) -> None:
 def dynamic_vram(index: int) -> bool:
     """Give CUDA device ``index`` to the library of dynamic VRAM, as ComfyUI's main program does for rank 0. False: there is none."""
     headroom = int(getattr(comfy.cli_args.args, "vram_headroom", 0) * GIB)
-    return comfy_aimdo.control.init_devices([(index, headroom) if headroom else index])
+    found = comfy_aimdo.control.init_devices([(index, headroom) if headroom else index])
+    if found:
+        comfy_aimdo.control.set_log_info()  # else it writes a line for every allocation
+    return found
 
 
 def _known(function: Callable[..., Any], **options: Any) -> Any:

@@ -113,6 +113,9 @@ def packed_size(layout: Sequence[Sequence[Any]]) -> int:
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's elements as flat uint8; a view if it is contiguous."""
+    plain = tensor.dtype.is_floating_point and not tensor.is_neg() and not tensor.requires_grad
+    if plain and tensor.dim() == 1 and tensor.numel() > 1 and tensor.is_contiguous():
+        return tensor.view(torch.uint8)  # quickly: two messages a block are of this kind
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
     # one expanded element counts as contiguous and keeps its stride of 0, which a view in bytes does not take
     return flat if flat.dtype == torch.uint8 else flat.as_strided(flat.shape, (1,)).view(torch.uint8)

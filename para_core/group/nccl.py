@@ -47,8 +47,8 @@ SHARED = "/dev/shm"  # where GPUs that do not reach each other's memory exchange
 ROOM = 2**30  # bytes of it that NCCL's user guide advises; Docker gives 64 MB unless it is told otherwise
 
 
-Messages = Sequence[tuple[int, torch.Tensor]]
-"""Peers, and what is sent to them or comes from them."""
+Messages = Sequence[tuple[int, int, int]]
+"""Peers, and the address and number of bytes of what is sent to them or comes from them."""
 
 
 class _UniqueId(ctypes.Structure):
@@ -119,6 +119,12 @@ def _remedy(code: int, said: str) -> str:
     if "shared memory" in said or (not roomy() and (unreached or code in (_SYSTEM, _INTERNAL))):
         return "in a container: docker run --shm-size=1g"
     return REMEDY if unreached else ""
+
+
+def _messages(flat: torch.Tensor, sizes: Sequence[int], peers: Sequence[int]) -> Messages:
+    """The pieces of a flat uint8 tensor, which lie in the order of ranks: quickly, two messages a block are made of such."""
+    places = [flat.data_ptr(), *sizes]
+    return [(peer, sum(places[: peer + 1]), sizes[peer]) for peer in peers]
 
 
 def _state(comm: ctypes.c_void_p) -> int:
@@ -221,11 +227,10 @@ class Nccl:
     def start_all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int], *, ahead: bool = False
     ) -> Any:
-        pieces_in, pieces_out = received.split(received_sizes), sent.split(sent_sizes)
         if received_sizes[self._rank] and sent_sizes[self._rank]:
-            pieces_in[self._rank].copy_(pieces_out[self._rank])
+            received.split(received_sizes)[self._rank].copy_(sent.split(sent_sizes)[self._rank])
         peers = [(self._rank + step) % self._size for step in range(1, self._size)]
-        sends, receives = [(peer, pieces_out[peer]) for peer in peers], [(peer, pieces_in[peer]) for peer in peers]
+        sends, receives = _messages(sent, sent_sizes, peers), _messages(received, received_sizes, peers)
         if ahead:
             return self._beside(sends, receives, sent, received)
         self._exchange(sends, receives, self._stream())
@@ -243,7 +248,8 @@ class Nccl:
         self._call(lambda library, comm: library.ncclBroadcast(data, data, tensor.numel(), _UINT8, root, comm, stream), "broadcast", root)
 
     def start_shift(self, sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> Any:
-        return self._beside([(to, sent)], [(source, received)], sent, received)
+        sends, receives = [(to, sent.data_ptr(), sent.numel())], [(source, received.data_ptr(), received.numel())]
+        return self._beside(sends, receives, sent, received)
 
     def finish(self, work: Any) -> None:
         if work is not None:
@@ -286,17 +292,17 @@ class Nccl:
         return done, *kept  # the tensors' memory stays theirs until the current stream waits
 
     def _exchange(self, sends: Messages, receives: Messages, stream: int) -> None:
-        """Flat uint8 tensors to and from peers, as one operation; empty ones are left out."""
-        sends, receives = ([message for message in messages if message[1].numel()] for messages in (sends, receives))
+        """To and from peers, as one operation; what is empty is left out."""
+        sends, receives = ([message for message in messages if message[2]] for messages in (sends, receives))
 
         def exchange(library: ctypes.CDLL, comm: ctypes.c_void_p) -> int:
             codes = [library.ncclGroupStart()]
             for act, messages in ((library.ncclSend, sends), (library.ncclRecv, receives)):
-                codes += [act(data.data_ptr(), data.numel(), _UINT8, peer, comm, stream) for peer, data in messages]
+                codes += [act(address, size, _UINT8, peer, comm, stream) for peer, address, size in messages]
             codes.append(library.ncclGroupEnd())
             return next((code for code in codes if code != _SUCCESS), _SUCCESS)
 
-        self._call(exchange, *(peer for peer, _ in sends), None, *(peer for peer, _ in receives))
+        self._call(exchange, *(message[0] for message in sends), None, *(message[0] for message in receives))
 
     def _call(self, act: Callable[[ctypes.CDLL, ctypes.c_void_p], int], *kind: Any) -> None:
         """``act``, the first one of its ``kind`` in a thread: it may wait for other ranks."""

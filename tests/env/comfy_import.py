@@ -63,6 +63,7 @@ def dynamic_vram() -> bool:
     if not comfy_aimdo.control.init_devices((device.index, int(args.vram_headroom * 1024**3)) for device in devices):
         print("dynamic VRAM is not available here")
         return False
+    comfy_aimdo.control.set_log_info()  # else it writes a line for every allocation, which takes longer than the allocation
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True
     return True

@@ -15,8 +15,11 @@ from para_core.attention.traffic import Traffic
 from para_core.sequence.layout import balanced
 
 
-def packs_like_copies(shape: tuple[int, int, int, int, int], ranks: int, *, device="cpu", dtype=torch.float32) -> None:
-    """Trade there and back on ``ranks``, with kernels and without: the same bits. shape: B, H, Hkv, the most rows of a rank, D."""
+def packs_like_copies(shape: tuple[int, int, int, int, int], ranks: int, *, parts: int = 1, device="cpu", dtype=torch.float32) -> None:
+    """Trade there and back on ``ranks``, with kernels and without: the same bits. shape: B, H, Hkv, the most rows of a rank, D.
+
+    parts: in so many every rank's heads are cut, each a trade of its own.
+    """
     batch, heads, kv_heads, most, dim = shape
     rows, split = tuple(balanced(ranks * most - (most > 1), ranks)), ulysses.split_heads(heads, kv_heads, ranks)
     torch.manual_seed(0)
@@ -35,11 +38,13 @@ def packs_like_copies(shape: tuple[int, int, int, int, int], ranks: int, *, devi
 
     def trade(comm: FakeComm) -> list[torch.Tensor]:
         q, k, v = tensors[comm.rank]
-        own = ulysses.Trade(ROWS, comm.rank, batch, dim, rows, rows, split)
-        arrived = ulysses.scatter(comm, own, q, k, v, Traffic())()
-        whole = q.new_empty(batch, rows[comm.rank], heads, dim)
-        ulysses.gather(comm, own, arrived[0], whole, Traffic())()
-        return [*(tensor.clone() for tensor in arrived), whole]
+        whole, kept = q.new_full((batch, rows[comm.rank], heads, dim), float("nan")), []
+        for part in range(parts):
+            own = ulysses.Trade(ROWS, comm.rank, batch, dim, rows, rows, split, part, parts)
+            arrived = ulysses.scatter(comm, own, q, k, v, Traffic())()
+            ulysses.gather(comm, own, arrived[0], whole, Traffic())()
+            kept += [tensor.clone() for tensor in arrived]
+        return [*kept, whole]
 
     def traded(possible: Callable[..., bool]) -> list[list[torch.Tensor]]:
         comms = fake_comms(ranks)
@@ -52,4 +57,4 @@ def packs_like_copies(shape: tuple[int, int, int, int, int], ranks: int, *, devi
     assert used == {"pack", "unpack"}
     for one, other, (q, _, _) in zip(packed, plain, tensors, strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True)), (shape, ranks)
-        assert torch.equal(one[3], q.transpose(1, 2)), "what comes back is what was sent"
+        assert torch.equal(one[-1], q.transpose(1, 2)), "what comes back is what was sent"

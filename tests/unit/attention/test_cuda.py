@@ -126,3 +126,4 @@ def test_a_graph_holds_a_kernel_or_the_chooser_refuses_to_capture_it(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_messages_are_packed_and_unpacked_as_by_plain_copies(shape, ranks, dtype):
     packs_like_copies(shape, ranks, device="cuda", dtype=dtype)
+    packs_like_copies(shape, ranks, parts=3, device="cuda", dtype=dtype)

@@ -26,8 +26,9 @@ from unit.packed import packs_like_copies
 packing.kernels, packing.possible = lambda device: packing_kernels, lambda *_: True
 for shape in [(1, 12, 12, 3, 64), (2, 12, 12, 2, 16), (1, 24, 12, 2, 20), (1, 48, 48, 1, 4), (1, 2, 2, 2, 8)]:
     for ranks in (2, 3, 4):
-        if shape[2] % ranks == 0:
-            packs_like_copies(shape, ranks)
+        for parts in (1, 2, 4):
+            if shape[2] % ranks == 0 and (parts == 1 or shape[2] // ranks >= parts):
+                packs_like_copies(shape, ranks, parts=parts)
 print("equal")
 """
 

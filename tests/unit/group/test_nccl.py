@@ -178,15 +178,26 @@ def test_a_call_that_nothing_ends_does_not_keep_the_gpu_busy(graphs, transport, 
         assert aborted == [FIRST, USED]
 
 
-def test_only_what_has_a_size_is_sent_and_counts_as_connected(transport):
+def test_pieces_are_sent_from_where_they_lie_and_empty_ones_not_at_all(transport, monkeypatch):
     done: list[tuple] = []
     fake = nccl._library()
     fake.ncclGroupStart = fake.ncclGroupEnd = lambda: 0
-    fake.ncclSend = lambda _data, size, _kind, peer, comm, stream: done.append(("to", peer, size, comm.value, stream)) or 0
-    fake.ncclRecv = lambda _data, size, _kind, peer, comm, stream: done.append(("from", peer, size, comm.value, stream)) or 0
-    some, none = torch.zeros(3, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)
-    transport._exchange([(1, some), (2, none)], [(1, none), (2, some)], 7)
-    assert done == [("to", 1, 3, USED, 7), ("from", 2, 3, USED, 7)] and transport._connected == {(1, None, 2)}
+
+    def noted(way: str):
+        def act(address: int, size: int, kind: int, peer: int, comm, stream: int) -> int:
+            assert (kind, comm.value, stream) == (1, USED, 7)
+            done.append((way, peer, address - places[way], size))
+            return 0
+
+        return act
+
+    fake.ncclSend, fake.ncclRecv = noted("to"), noted("from")
+    received, sent = torch.zeros(9, dtype=torch.uint8), torch.zeros(9, dtype=torch.uint8)
+    places = {"to": sent.data_ptr(), "from": received.data_ptr()}
+    transport._size = 3
+    monkeypatch.setattr(transport, "_stream", lambda: 7)
+    transport.start_all_to_all(received, sent, [0, 0, 9], [2, 3, 4])
+    assert done == [("to", 1, 2, 3), ("to", 2, 5, 4), ("from", 2, 0, 9)] and transport._connected == {(1, 2, None, 2)}
 
 
 SHORT, UNREACHED = "docker run --shm-size=1g", "NCCL_P2P_DISABLE=1"
