@@ -39,7 +39,8 @@ def faults(*, graph: bool, compiled: bool) -> list[Fault]:
     killed = ["compiling", "capture"] if compiled else stages  # a worker that starts anew also compiles anew
     found = [Fault("worker", "killed", stage, "alone", KILLED) for stage in killed]
     found += [Fault("worker", "stopped", stage, "alone", HUNG) for stage in (stages[-1:] if compiled else stages[-2:])]
-    found += [Fault("worker", "memory", stage, "shared" if stage == "capture" else "alone", FULL) for stage in stages]
+    full = {"capture": ("shared", f"{WITHOUT}: CUDA out of memory")}
+    found += [Fault("worker", "memory", stage, *full.get(stage, ("alone", FULL))) for stage in stages]
     found += [Fault("rank 0", "cancelled", stage, "cancelled") for stage in stages]
     found += [Fault("rank 0", "memory", stage, "alone", f"rank 0 failed: {FULL}") for stage in ("first", "later") if not graph]
     if graph:
