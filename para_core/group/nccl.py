@@ -160,21 +160,20 @@ def publish_id(store: Store, rank: int) -> None:
 class _Comms:
     """A group's two communicators, and the end of both: for a thread that does not keep the ``Nccl`` they belong to alive.
 
-    splitting: held while ``first`` is split, which does not outlast the end of a peer's process. calls: held during ``used``'s.
+    calls: held during those of ``used``.
     """
 
     def __init__(self, device: torch.device):
         self.first, self.used = ctypes.c_void_p(), ctypes.c_void_p()
-        self.splitting, self.calls, self.unwanted = threading.Lock(), threading.Lock(), threading.Event()
+        self.calls, self.unwanted = threading.Lock(), threading.Event()
         self._device = device
 
     def end(self) -> None:
         """Abort both once they are ``unwanted``."""
         self.unwanted.wait()
         with torch.cuda.device(self._device):
-            with self.splitting:
-                if self.first:
-                    _library().ncclCommAbort(self.first)
+            if self.first:
+                _library().ncclCommAbort(self.first)
             free = self.calls.acquire(timeout=_ENDED)  # what the line above has ended, where resources are shared
             if self.used:
                 _library().ncclCommAbort(self.used)
@@ -210,19 +209,18 @@ class Nccl:
         comms, library = self._comms, _library()
         config = _config(blocking=False)
         _check(library.ncclCommInitRankConfig(ctypes.byref(comms.first), self._size, unique, self._rank, ctypes.byref(config)))
-        while _state(comms.first) == _IN_PROGRESS:
+        self._done(deadline)
+        config = _config(blocking=True)
+        _check(library.ncclCommSplit(comms.first, 0, self._rank, ctypes.byref(comms.used), ctypes.byref(config)))
+        self._done(deadline)
+
+    def _done(self, deadline: float) -> None:
+        """Wait for what the first communicator has begun."""
+        while _state(self._comms.first) == _IN_PROGRESS:
             self._life.check()
             if time.monotonic() > deadline:
                 raise CommunicationFailed(f"the ranks met, but did not connect in time; {REMEDY}")
             time.sleep(_POLL)
-
-        def split() -> None:
-            config = _config(blocking=True)
-            with comms.splitting, torch.cuda.device(self._device):
-                self._open()
-                _check(library.ncclCommSplit(comms.first, 0, self._rank, ctypes.byref(comms.used), ctypes.byref(config)))
-
-        interruptible(split, self._life.check, deadline)
 
     def start_all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int], *, ahead: bool = False
@@ -312,10 +310,14 @@ class Nccl:
                 self._open()
                 _check(act(_library(), self._comms.used))
 
+        def connect() -> None:
+            with torch.cuda.device(self._device):  # a new thread's would be another, which would take memory there
+                call()
+
         if kind in self._connected:
             call()
         else:
-            interruptible(call, self._life.check)
+            interruptible(connect, self._life.check)
             self._connected.add(kind)
 
     def _open(self) -> None:

@@ -117,6 +117,57 @@ atexit.register(close)
     assert done.stdout.strip() == "gone", done.stderr
 
 
+def test_the_communicator_that_is_used_is_a_child_of_one_that_can_be_left(graphs, monkeypatch):
+    """Both come to be while the first is polled; NCCL writes the second's address only then."""
+    looks = iter([7, 7, 0, 7, 7, 0])
+    configs: list[tuple[int, int]] = []
+    later: list = []
+
+    def init(comm, _size, _unique, _rank, config) -> int:
+        configs.append((config._obj.blocking, config._obj.split_share))
+        comm._obj.value = FIRST
+        return 7
+
+    def split(parent, color: int, key: int, comm, config) -> int:
+        assert (parent.value, color, key) == (FIRST, 0, 1)
+        configs.append((config._obj.blocking, config._obj.split_share))
+        later.append(comm)
+        return 0
+
+    def state(comm, found) -> int:
+        assert comm.value == FIRST
+        found._obj.value = next(looks)
+        if found._obj.value == 0 and later:
+            later.pop()._obj.value = USED
+        return 0
+
+    fake = nccl._library()
+    fake.ncclCommInitRankConfig, fake.ncclCommSplit, fake.ncclCommGetAsyncError = init, split, state
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_args, **_kwargs: None)
+    store = SimpleNamespace(get=lambda _name: bytes(128).hex().encode())
+    made = nccl.Nccl(store, 1, 2, torch.device("cuda", 1), Life(), time.monotonic() + 30)
+    assert configs == [(0, 1), (1, 1)] and made._comms.used.value == USED and next(looks, None) is None
+    graphs.set()
+    made.close()
+
+
+def test_connecting_can_be_left(graphs, monkeypatch):
+    def state(_comm, found) -> int:
+        found._obj.value = 7
+        return 0
+
+    fake = nccl._library()
+    fake.ncclCommInitRankConfig, fake.ncclCommGetAsyncError = (lambda *_: 7), state
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_args, **_kwargs: None)
+    store = SimpleNamespace(get=lambda _name: bytes(128).hex().encode())
+    with pytest.raises(CommunicationFailed, match="did not connect in time"):
+        nccl.Nccl(store, 1, 2, torch.device("cuda", 1), Life(), time.monotonic() + 0.1)
+    life = Life()
+    threading.Timer(0.1, setattr, (life, "aborted", True)).start()
+    with pytest.raises(CommunicationFailed, match="aborted"):
+        nccl.Nccl(store, 1, 2, torch.device("cuda", 1), life, time.monotonic() + 30)
+
+
 def test_what_others_are_waited_for_in_can_be_left_and_what_comes_later_takes_no_thread(transport):
     """Ranks connect in the first call of a kind: two a block follow in every step."""
     callers: list[str] = []
