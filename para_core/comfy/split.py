@@ -284,7 +284,8 @@ class Split:
         entered twice before it is left, and put back the wrong thing.
         """
         options = model_options.get("transformer_options", {})
-        lanes = separate(conds, x_in, timestep) if self.active and not calls.wrapped(model_options) else []
+        several = self.active and sum(map(bool, conds)) > 1 and not calls.wrapped(model_options)
+        lanes = separate(conds, x_in, timestep) if several else []
         if len(lanes) < 2 or self.degrees(len(lanes), options=options).batch < 2:
             return executor(model, conds, x_in, timestep, model_options)
         functions = [

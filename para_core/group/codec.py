@@ -78,17 +78,28 @@ def pack(tensors: Sequence[torch.Tensor], device: torch.device | str | None = No
     """
     if device is None:
         device = tensors[0].device if tensors else "cpu"
+    layout = laid_out(tensors)
+    return filled(tensors, layout, device), layout
+
+
+def laid_out(tensors: Sequence[torch.Tensor]) -> Layout:
+    """Where ``pack`` puts them."""
     layout: Layout = []
     end = 0
     for tensor in tensors:
         start = -(-end // ALIGNMENT) * ALIGNMENT
         layout.append((dtype_name(tensor.dtype), list(tensor.shape), start))
         end = start + tensor.numel() * tensor.element_size()
-    buffer = torch.empty(end, dtype=torch.uint8, device=device)
+    return layout
+
+
+def filled(tensors: Sequence[torch.Tensor], layout: Layout, device: torch.device | str) -> torch.Tensor:
+    """The buffer on ``device`` with the tensors in their places."""
+    buffer = torch.empty(packed_size(layout), dtype=torch.uint8, device=device)
     for tensor, (_, _, start) in zip(tensors, layout, strict=True):
         data = as_bytes(tensor)
         buffer[start : start + data.numel()].copy_(data)
-    return buffer, layout
+    return buffer
 
 
 def unpack(buffer: torch.Tensor, layout: Sequence[Sequence[Any]], device: torch.device | str | None = None) -> list[torch.Tensor]:

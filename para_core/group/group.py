@@ -23,7 +23,7 @@ import torch
 from ..log import log
 from ..sequence.mesh import Comm, Degrees, Link, Mesh
 from ..stopwatch import Exchanged
-from .codec import dtype_name, encode, pack
+from .codec import dtype_name, encode, filled, laid_out
 from .communicator import CommunicationFailed, Communicator, Meshes
 from .link import PATIENCE, measure
 from .member import Member, RankLost, one_line
@@ -393,10 +393,10 @@ class Group(Models):
         header, tensors = encode(dict(order))
         with self._shared(), self._patience.step():
             assert self._comm is not None and self._meshes is not None
-            buffer, layout = pack(tensors, self._device)
-            for member in self._members:
+            layout = laid_out(tensors)
+            for member in self._members:  # who gets ready while the tensors are copied
                 member.tell("step", {"order": header, "layout": layout})
-            self._comm.broadcast(buffer)
+            self._comm.broadcast(filled(tensors, layout, self._device))
             degrees = Degrees(*order["degrees"])
             mesh = self._meshes.mesh(degrees, order.get("speeds", ()))
             assert mesh is not None, "rank 0 is in every mesh"

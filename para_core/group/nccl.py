@@ -160,25 +160,27 @@ def publish_id(store: Store, rank: int) -> None:
 class _Comms:
     """A group's two communicators, and the end of both: for a thread that does not keep the ``Nccl`` they belong to alive.
 
-    calls: held during those of ``used``.
+    making: held while ``first`` is called, which is short. calls: held while ``used`` is, which may hang until ``first`` is aborted.
+    Once they are unwanted no call begins.
     """
 
     def __init__(self, device: torch.device):
         self.first, self.used = ctypes.c_void_p(), ctypes.c_void_p()
-        self.calls, self.unwanted = threading.Lock(), threading.Event()
+        self.making, self.calls, self.unwanted = threading.Lock(), threading.Lock(), threading.Event()
         self._device = device
 
     def end(self) -> None:
-        """Abort both once they are ``unwanted``."""
+        """Abort both once they are ``unwanted``.
+
+        Whoever drops the CUDA graphs that an abort waits for may want the locks: they are not held meanwhile.
+        """
         self.unwanted.wait()
         with torch.cuda.device(self._device):
-            if self.first:
-                _library().ncclCommAbort(self.first)
-            free = self.calls.acquire(timeout=_ENDED)  # what the line above has ended, where resources are shared
-            if self.used:
-                _library().ncclCommAbort(self.used)
-            if free:
-                self.calls.release()
+            for comm, lock in ((self.first, self.making), (self.used, self.calls)):
+                if lock.acquire(timeout=_ENDED):
+                    lock.release()
+                if comm:
+                    _library().ncclCommAbort(comm)
 
 
 class Nccl:
@@ -207,20 +209,23 @@ class Nccl:
 
     def _connect(self, unique: _UniqueId, deadline: float) -> None:
         comms, library = self._comms, _library()
-        config = _config(blocking=False)
-        _check(library.ncclCommInitRankConfig(ctypes.byref(comms.first), self._size, unique, self._rank, ctypes.byref(config)))
-        self._done(deadline)
-        config = _config(blocking=True)
-        _check(library.ncclCommSplit(comms.first, 0, self._rank, ctypes.byref(comms.used), ctypes.byref(config)))
-        self._done(deadline)
+        first, used, plain, child = map(ctypes.byref, (comms.first, comms.used, _config(blocking=False), _config(blocking=True)))
+        self._make(lambda: library.ncclCommInitRankConfig(first, self._size, unique, self._rank, plain), deadline)
+        self._make(lambda: library.ncclCommSplit(comms.first, 0, self._rank, used, child), deadline)
 
-    def _done(self, deadline: float) -> None:
-        """Wait for what the first communicator has begun."""
-        while _state(self._comms.first) == _IN_PROGRESS:
+    def _make(self, begin: Callable[[], int], deadline: float) -> None:
+        """Wait for what ``begin`` has the first communicator do."""
+        self._asked(lambda: _check(begin()))
+        while self._asked(lambda: _state(self._comms.first)) == _IN_PROGRESS:
             self._life.check()
             if time.monotonic() > deadline:
                 raise CommunicationFailed(f"the ranks met, but did not connect in time; {REMEDY}")
             time.sleep(_POLL)
+
+    def _asked(self, act: Callable[[], Any]) -> Any:
+        with self._comms.making:
+            self._open()
+            return act()
 
     def start_all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int], *, ahead: bool = False

@@ -66,12 +66,16 @@ def make() -> nccl.Nccl:
 
 def test_whoever_aborts_does_not_wait_for_cuda_graphs_of_another_thread(graphs, transport):
     """The thread that listens to the workers aborts while the other one still holds captures, and must get to dropping them."""
-    started = time.monotonic()
+    started, waits = time.monotonic(), threading.Event()
+    wait = nccl._library().ncclCommAbort
+    nccl._library().ncclCommAbort = lambda comm: (waits.set() if comm.value == USED else None, wait(comm))
     watch = threading.Thread(target=transport.abort)
     watch.start()
     watch.join(10)
-    with pytest.raises(CommunicationFailed, match="aborted"):
-        transport.check()
+    assert waits.wait(10)
+    for act in (transport.check, lambda: transport._call(lambda _library, _comm: 0, "sum")):
+        with pytest.raises(CommunicationFailed, match="aborted"):
+            act()
     transport.abort()
     assert time.monotonic() - started < 5 and not watch.is_alive() and transport._end.is_alive()
     graphs.set()
@@ -152,20 +156,38 @@ def test_the_communicator_that_is_used_is_a_child_of_one_that_can_be_left(graphs
 
 
 def test_connecting_can_be_left(graphs, monkeypatch):
+    """Nothing is asked of a communicator that is being aborted: its memory may be gone."""
+    aborted = threading.Event()
+
+    def init(comm, *_) -> int:
+        comm._obj.value = FIRST
+        return 7
+
     def state(_comm, found) -> int:
+        assert not aborted.is_set()
+        time.sleep(0.05)
+        assert not aborted.is_set()
         found._obj.value = 7
         return 0
 
     fake = nccl._library()
-    fake.ncclCommInitRankConfig, fake.ncclCommGetAsyncError = (lambda *_: 7), state
+    fake.ncclCommInitRankConfig, fake.ncclCommGetAsyncError, fake.ncclCommAbort = init, state, lambda _comm: aborted.set()
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_args, **_kwargs: None)
     store = SimpleNamespace(get=lambda _name: bytes(128).hex().encode())
     with pytest.raises(CommunicationFailed, match="did not connect in time"):
         nccl.Nccl(store, 1, 2, torch.device("cuda", 1), Life(), time.monotonic() + 0.1)
-    life = Life()
-    threading.Timer(0.1, setattr, (life, "aborted", True)).start()
+    assert aborted.wait(10)
+    aborted.clear()
+    made, life = object.__new__(nccl.Nccl), Life()
+
+    def abort() -> None:  # as another thread does with all transports of a communicator
+        life.aborted = True
+        made.abort()
+
+    threading.Timer(0.1, abort).start()
     with pytest.raises(CommunicationFailed, match="aborted"):
-        nccl.Nccl(store, 1, 2, torch.device("cuda", 1), life, time.monotonic() + 30)
+        made.__init__(store, 1, 2, torch.device("cuda", 1), life, time.monotonic() + 30)
+    assert aborted.wait(10)
 
 
 def test_what_others_are_waited_for_in_can_be_left_and_what_comes_later_takes_no_thread(transport):
