@@ -25,9 +25,9 @@ WORTH = 1.05
 EAGER, COMPILED = 1.2e-3, 7e-4
 """Seconds that the processor needs to launch a block, which more ranks do not shorten (FLUX.1-dev's 57 blocks: eager 70 ms beside an
 H100, 47 to 68 beside an H200, compiled 38 there). A CUDA graph needs none."""
-SHARED = 6e-4
-"""Seconds that it needs for a block's exchange, besides (an estimate: its attention as one rank computes it takes 0.2 ms, shared 0.5
-without packing and messages, each of which adds some hundredths)."""
+SHARED = 2e-4
+"""Seconds that it needs besides for each of a block's collectives, with what is packed and computed for it (an estimate: FLUX.1-dev's
+attention, which has two, takes 0.1 ms of Python more than one rank's, and packing, unpacking and messages about 0.07 ms each)."""
 FASTEST = Link(1e-5, 9e11)
 """No link is faster: that of NVLink 5, and the least that a collective takes."""
 FASTER = 100
@@ -91,7 +91,7 @@ def seconds(work: Work, degrees: Degrees, rate: float, link: Link | None = None,
     sent = 4 * tensor / ring * (ulysses - 1) / ulysses**2 + 2 * tensor / ranks * (ring - 1)
     collectives = 2 * (ulysses > 1) + (ring - 1)
     on_device = compute + work.layers * (sent / link.rate + collectives * link.latency)
-    launched = launching + SHARED if launching else 0.0
+    launched = launching + collectives * SHARED if launching else 0.0
     return max(on_device, work.layers * launched)
 
 

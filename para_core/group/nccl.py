@@ -42,7 +42,7 @@ _DTYPES = {
 }
 
 _POLL = 0.0002  # seconds between looks at what connects
-_ENDED = 2.0  # seconds that an aborted communicator is waited for
+_ENDED = 2.0  # seconds that ``close`` waits for an aborted communicator to be gone
 SHARED = "/dev/shm"  # where GPUs that do not reach each other's memory exchange messages
 ROOM = 2**30  # bytes of it that NCCL's user guide advises; Docker gives 64 MB unless it is told otherwise
 
@@ -172,13 +172,14 @@ class _Comms:
     def end(self) -> None:
         """Abort both once they are ``unwanted``.
 
-        Whoever drops the CUDA graphs that an abort waits for may want the locks: they are not held meanwhile.
+        Whoever drops the CUDA graphs that an abort waits for may want the locks: they are not held meanwhile. A call that nothing
+        ends keeps its communicator: it would go on in memory that has been given back.
         """
         self.unwanted.wait()
         with torch.cuda.device(self._device):
             for comm, lock in ((self.first, self.making), (self.used, self.calls)):
-                if lock.acquire(timeout=_ENDED):
-                    lock.release()
+                with lock:
+                    pass
                 if comm:
                     _library().ncclCommAbort(comm)
 
@@ -244,7 +245,8 @@ class Nccl:
         if kind is None:
             raise TypeError(f"NCCL does not sum {tensor.dtype}")
         data, stream = tensor.data_ptr(), self._stream()
-        self._call(lambda library, comm: library.ncclAllReduce(data, data, tensor.numel(), kind, _SUM, comm, stream), "sum")
+        count = tensor.numel()  # by which NCCL chooses an algorithm, each with connections of its own
+        self._call(lambda library, comm: library.ncclAllReduce(data, data, count, kind, _SUM, comm, stream), "sum", count.bit_length())
 
     def start_broadcast(self, tensor: torch.Tensor, root: int) -> None:
         data, stream = tensor.data_ptr(), self._stream()
@@ -313,7 +315,13 @@ class Nccl:
         def call() -> None:
             with self._comms.calls:
                 self._open()
-                _check(act(_library(), self._comms.used))
+                code = act(_library(), self._comms.used)
+                self._open()  # else what an abort has ended would be told as a failure of its own
+                _check(code)
+                while code == _IN_PROGRESS:  # NCCL_COMM_BLOCKING=0 overrides what communicators are told
+                    self._open()
+                    time.sleep(_POLL)
+                    code = _state(self._comms.used)
 
         def connect() -> None:
             with torch.cuda.device(self._device):  # a new thread's would be another, which would take memory there

@@ -92,7 +92,7 @@ def interruptible(make: Callable[[], Made], check: Callable[[], None], deadline:
     def run() -> None:
         try:
             made.set_result(make())
-        except RuntimeError as error:
+        except BaseException as error:  # noqa: BLE001  the caller's, who would wait for ever
             made.set_exception(error)
 
     threading.Thread(target=run, name="paradit-connect", daemon=True).start()

@@ -231,7 +231,7 @@ def test_a_call_that_hangs_is_ended_by_the_communicator_that_is_not_in_use(graph
         return 3
 
     nccl._library().ncclCommAbort = abort
-    nccl._library().ncclGetLastError = lambda _comm: b"aborted"
+    nccl._library().ncclGetLastError = lambda _comm: b"socket closed"
     transport._connected.add((1, None, 1))
     threading.Timer(0.1, transport.abort).start()
     with pytest.raises(CommunicationFailed, match="aborted"):
@@ -240,15 +240,39 @@ def test_a_call_that_hangs_is_ended_by_the_communicator_that_is_not_in_use(graph
     assert aborted == [FIRST, 0, USED]
 
 
-def test_a_call_that_nothing_ends_does_not_keep_the_gpu_busy(graphs, transport, monkeypatch):
-    """Where resources are not shared after all: what runs on the GPU is freed by aborting what it belongs to."""
+def test_a_call_that_nothing_ends_keeps_its_communicator(graphs, transport, monkeypatch):
+    """Closing waits for a moment only, and what the call works in is not taken from it."""
     monkeypatch.setattr(nccl, "_ENDED", 0.2)
     aborted: list[int] = []
     nccl._library().ncclCommAbort = lambda comm: aborted.append(comm.value)
     with transport._comms.calls:
         transport.close()
-        transport._end.join(10)
-        assert aborted == [FIRST, USED]
+        assert aborted == [FIRST]
+    transport._end.join(10)
+    assert aborted == [FIRST, USED]
+
+
+def test_what_nccl_has_only_begun_is_waited_for(transport):
+    """NCCL_COMM_BLOCKING=0 in the environment: messages launched later would not be where they belong among kernels."""
+    states = iter([7, 7, 0])
+
+    def state(comm, found) -> int:
+        assert comm.value == USED
+        found._obj.value = next(states)
+        return 0
+
+    nccl._library().ncclCommGetAsyncError = state
+    transport._connected.add(("sum",))
+    transport._call(lambda _library, _comm: 7, "sum")
+    assert next(states, None) is None
+
+
+def test_a_failure_other_than_nccls_ends_the_wait_too(transport):
+    def act(_library, _comm) -> int:
+        raise ctypes.ArgumentError("wrong type")
+
+    with pytest.raises(ctypes.ArgumentError):
+        transport._call(act, "sum")
 
 
 def test_pieces_are_sent_from_where_they_lie_and_empty_ones_not_at_all(transport, monkeypatch):
