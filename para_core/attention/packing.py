@@ -60,11 +60,11 @@ def pack(
     """
     batch, heads, rows, dim = q.shape
     shares = (heads // ranks, q_heads), (k.shape[1] // ranks, kv_heads)
-    most = max(_length(q_heads), _length(kv_heads)) * ranks
+    most = max(length(q_heads), length(kv_heads)) * ranks
     block = min(BLOCK, _power(most))
     kernels(q.device).pack[rows, 3 * batch, -(-most // block)](
         q, k, v, sent, own, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], rows, batch,
-        *(number for share, some in shares for number in (share, some.start, _length(some))), rank, ranks,
+        *(number for share, some in shares for number in (share, some.start, length(some))), rank, ranks,
         D=dim, DIMS=_power(dim), HEADS=block,
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ def unpack(own: torch.Tensor, received: torch.Tensor, whole: torch.Tensor, *, he
     """Fill every rank's ``heads`` of ``whole`` ``(B, S, H, D)`` with this rank's ``own`` ``(B, h, S, D)`` and the others', ``received``
     as flat pieces ``(S, B, h, D)`` in their order. All ranks have equally many, and of each ``heads`` are meant."""
     batch, rows, all_heads, dim = whole.shape
-    count = _length(heads)
+    count = length(heads)
     ranks = 1 + received.numel() // max(1, rows * batch * count * dim)
     block = min(BLOCK, _power(count * ranks))
     kernels(own.device).unpack[rows, batch, -(-count * ranks // block)](
@@ -82,7 +82,8 @@ def unpack(own: torch.Tensor, received: torch.Tensor, whole: torch.Tensor, *, he
     )  # fmt: skip
 
 
-def _length(heads: slice) -> int:
+def length(heads: slice) -> int:
+    """How many heads that are."""
     return heads.stop - heads.start
 
 

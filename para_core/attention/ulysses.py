@@ -141,7 +141,7 @@ class Trade:
         return Part(self.heads, self.index, self.count)
 
     def piece(self, source: int, destination: int) -> Piece:
-        heads = _length(self.part.q[destination]), _length(self.part.kv[destination])
+        heads = packing.length(self.part.q[destination]), packing.length(self.part.kv[destination])
         return Piece(self.batch, self.q_rows[source], self.kv_rows[source], *heads, self.dim)
 
     @cached_property
@@ -182,7 +182,7 @@ class Trade:
     @cached_property
     def back_received(self) -> list[int]:
         local, others = self.q_rows[self.rank] * self.batch * self.dim, range(len(self.q_rows))
-        return [local * _length(self.part.q[other]) if other != self.rank else 0 for other in others]
+        return [local * packing.length(self.part.q[other]) if other != self.rank else 0 for other in others]
 
 
 Trades = dict[tuple, Trade]
@@ -210,8 +210,8 @@ def scatter(
         whole = (q.new_empty(sum(trade.q_rows), *own.q[1:]), *q.new_empty(sum(trade.kv_rows), *own.kv[1:]).chunk(2, dim=2))
     if form is ROWS and trade.alike and packing.possible(q, k, v):
         before = sum(trade.q_rows[:rank])
-        place, heads = joined[before : before + trade.q_rows[rank]], (part.q[rank], part.kv[rank])
-        packing.pack(q, k, v, sent, place, q_heads=heads[0], kv_heads=heads[1], rank=rank, ranks=len(trade.q_rows))
+        place, ranks = joined[before : before + trade.q_rows[rank]], len(trade.q_rows)
+        packing.pack(q, k, v, sent, place, q_heads=part.q[rank], kv_heads=part.kv[rank], rank=rank, ranks=ranks)
     else:
         for first, last, piece in trade.outward:
             tensors = _heads_of(q, part, first, last), _heads_of(k, part, first, last, kv=True), _heads_of(v, part, first, last, kv=True)
@@ -294,7 +294,7 @@ def _heads_of(tensor: torch.Tensor, part: Part, first: int, last: int, *, kv: bo
     batch, _, rows, dim = tensor.shape
     by_batch, by_head, by_row, by_element = tensor.stride()
     return tensor.as_strided(
-        (last - first, rows, batch, _length(inner), dim),
+        (last - first, rows, batch, packing.length(inner), dim),
         (shares[first] * by_head, by_row, by_batch, by_head, by_element),
         tensor.storage_offset() + (sum(shares[:first]) + inner.start) * by_head,
     )
@@ -323,7 +323,3 @@ def _runs(shares: Sequence[object], rank: int) -> Iterator[tuple[int, int]]:
         if begin != rank:
             yield begin, begin + members
         begin += members
-
-
-def _length(heads: slice) -> int:
-    return heads.stop - heads.start

@@ -23,11 +23,10 @@ EFFICIENCY = 0.6
 WORTH = 1.05
 """Least forecast gain for which a run is split."""
 EAGER, COMPILED = 1.2e-3, 7e-4
-"""Seconds that the processor needs to launch a block, which more ranks do not shorten (FLUX.1-dev's 57 blocks: eager 70 ms beside an
-H100, 47 to 68 beside an H200, compiled 38 there). A CUDA graph needs none."""
+"""Seconds that the processor needs to launch a block, which more ranks do not shorten (FLUX.1-dev eager beside an H100: 70 ms for
+57 blocks; compiled: an estimate). A CUDA graph needs none."""
 SHARED = 2e-4
-"""Seconds that it needs besides for each of a block's collectives, with what is packed and computed for it (an estimate: FLUX.1-dev's
-attention, which has two, takes 0.1 ms of Python more than one rank's, and packing, unpacking and messages about 0.07 ms each)."""
+"""Seconds that it needs besides for each of a block's collectives, with what is packed and computed for it (an estimate)."""
 FASTEST = Link(1e-5, 9e11)
 """No link is faster: that of NVLink 5, and the least that a collective takes."""
 FASTER = 100

@@ -4,10 +4,10 @@ Torch's ``ProcessGroupNCCL`` is not used because of how it treats a lost peer (t
 group's locks for a minute, so that ``abort`` hangs, and then ends the process, which here is ComfyUI. NCCL itself needs a
 dozen functions, unchanged since 2.18.
 
-A communicator that does not block can be aborted while it still connects, but launches every collective in a new thread: on two
-H200 a call takes 60 us then, and 15 us otherwise. So one is made that does not block, and split into another that does, with which
-it shares resources: aborting the first ends what the second is in, on the processor and on the GPU (NCCL user guide, "Fault
-tolerance" and ``splitShare``). Ranks connect when they first do something together: that is waited for in a thread that can be left.
+A communicator that does not block can be aborted while it still connects, but starts a thread for every collective, of which a
+block has two. So one is made that does not block, and split into another that does, with which it shares resources: aborting the
+first ends what the second is in, on the processor and on the GPU (NCCL user guide, "Fault tolerance" and ``splitShare``). Ranks
+connect when they first do something together: that is waited for in a thread that can be left.
 """
 
 from __future__ import annotations

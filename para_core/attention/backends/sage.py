@@ -83,8 +83,7 @@ def _rows_first(tensor: torch.Tensor) -> torch.Tensor:
 def _padded_quickly(v: torch.Tensor) -> torch.Tensor:
     """``v`` ``(B, S, H, D)``, on Hopper as what version 2 can pad to whole blocks of 128 rows at once.
 
-    It concatenates, which is slow for a slice of a larger tensor: HunyuanVideo's v takes 0.63 ms on an H200, a copy and padding less
-    than half of that.
+    It concatenates, for which torch has a slower kernel where v is a slice of a larger tensor.
     """
     pads = v.shape[1] % 128 and v.is_cuda and torch.cuda.get_device_capability(v.device) == (9, 0)
     return v.contiguous() if pads else v
