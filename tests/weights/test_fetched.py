@@ -81,3 +81,16 @@ def test_sent_layers_have_the_bits_that_stay_on_the_card(folder: Folder, name: s
         assert not torch.equal(as_bytes(sent["weight"]), raw), "the patch changed it"
         for row, tensor in zip(unit.rows, unit.read(), strict=True):
             assert row[1:] == [list(tensor.shape), tensor.dtype]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_sidecar_keeps_the_library_of_dynamic_vram_as_quiet_as_comfyui_does(comfy, there, monkeypatch):
+    """Left alone it logs every allocation."""
+    import comfy_aimdo.control
+
+    from para_core.comfy import flags
+
+    asked: list[str] = []
+    monkeypatch.setattr(comfy_aimdo.control, "init_devices", lambda _devices: asked.append("devices") or there)
+    monkeypatch.setattr(comfy_aimdo.control, "set_log_info", lambda: asked.append("quiet"))
+    assert flags.dynamic_vram(0) is there and asked == ["devices", *(["quiet"] if there else [])]
