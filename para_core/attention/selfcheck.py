@@ -95,6 +95,11 @@ class SelfCheck:
             self._sums[name, out.device] = torch.zeros((), device=out.device)
         return self._sums[name, out.device]
 
+    @property
+    def watching(self) -> bool:
+        """Whether the output of some backend is looked through after every forward."""
+        return bool(self._sums)
+
     def broken(self) -> list[str]:
         """The backends whose output held NaN or infinity since the last look. Waits for the device."""
         names = []

@@ -24,6 +24,8 @@ KNOWN = ("comfy", "comfy_aimdo", "comfy_kitchen", "torch", "contextlib", "functo
 ELSEWHERE = "is another node's code, which the other GPUs' processes do not have"
 ASIDE = ("__init__", "__repr__", "reset_parameters", "to", "state_dict", "load_state_dict", "_load_from_state_dict", "_save_to_state_dict")
 """Methods that no forward calls: packs that load models in their own way replace them in classes."""
+USUAL, HOOKS = frozenset(vars(torch.nn.Module())), ("_forward_hooks", "_forward_pre_hooks")
+"""What every module holds in itself."""
 OWN = __name__.rpartition(".comfy.")[0]
 
 
@@ -88,8 +90,8 @@ def swapped(model: torch.nn.Module, stacks: Iterable[tuple[Blocks, list]]) -> st
 def replaced(part: torch.nn.Module) -> str:
     """The first method or hook on this very object that is another pack's code, in words; "" if none is."""
     for name, held in vars(part).items():
-        if name in ("_forward_hooks", "_forward_pre_hooks"):
-            if hook := next(filter(others, held.values()), None):
+        if name in USUAL:  # first: every block is looked at in every step
+            if name in HOOKS and held and (hook := next(filter(others, held.values()), None)):
                 return f"the hook {title(hook)} on {type(part).__qualname__}"
         elif callable(held) and callable(getattr(type(part), name, None)) and others(held):
             return f"{title(held)} in place of {type(part).__qualname__}.{name}"

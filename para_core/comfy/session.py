@@ -32,7 +32,8 @@ from ..sequence.mesh import Degrees
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
-from . import accelerate, calls, compiling, objects, reports, resident, sidecars, static, windows
+from . import accelerate, ahead, calls, compiling, objects, reports, resident, sidecars, static, windows
+from .ahead import Overtaken
 from .calls import ModelCall
 from .forecasting import Forecaster, foreseen
 from .lanes import Call, Lanes
@@ -82,6 +83,7 @@ class Session:
         self.names = calls.names(self.model)
         self.evaluation, self.lanes = calls.Evaluation(), Lanes()
         self.split: Split | None = None
+        self.ahead: ahead.Ahead | None = None
         self.runner: Runner | None = None
         self.decisions: Decisions | None = None
         self.forecaster: Forecaster | None = None
@@ -197,6 +199,7 @@ class Session:
             self._undo.insert(0, self.split.stop)  # last: until captures have gone, a communicator that was lost does not end
             for place, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
                 self._wrap(place, wrapper)
+            self.ahead = ahead.begin(self.guider, self.sampler, KEY) if self.decisions is None else None
 
     def _wrap(self, place: str, wrapper: Callable) -> None:
         """Have ComfyUI call ``wrapper`` at that place of the run."""
@@ -207,7 +210,17 @@ class Session:
         """SAMPLER_SAMPLE wrapper: model and conditions have been prepared for this run, the first step comes next."""
         setattr(self.model, calls.entry(self.model), forward)  # loading puts in a node's own
         resident.keep(guider.conds, self.patcher.load_device)
-        return executor(guider, *args, **kwargs)
+        if self.ahead is None:
+            return executor(guider, *args, **kwargs)
+        return self.ahead.sample(partial(executor, guider, **kwargs), args, self.land)
+
+    def land(self) -> None:
+        """Wait for results that the sampler has been given ahead. Raises Overtaken if they are lost."""
+        if self.split is not None and self.split.active:
+            try:
+                self.split.group.land()
+            except RankLost as lost:
+                self.give_up(alone(lost))
 
     def _compiles(self) -> bool:
         """Whether blocks are compiled in this run; what stands against it is said."""
@@ -320,6 +333,8 @@ class Session:
         model_calls = [ModelCall(call, self.names, strengths) for call in together]
         if self.runner is not None:
             self.swapped = objects.swapped(self.model, self.runner.hooks.stacks + self.runner.hooks.sides)
+        if self.ahead is not None and (known := self.ahead.answer(model_calls)) is not None:
+            return known
         if self.decisions is not None:
             self.evaluation.count(model_calls)
         records = self.decisions.records if self.decisions is not None else []
@@ -332,6 +347,8 @@ class Session:
                 if self.forecaster is not None:
                     self.forecaster.learn(model_calls, results)
             visit.whole = self.runner is None or not self.runner.graphs.captures
+        if self.ahead is not None:
+            self.ahead.keep(model_calls, results)
         return results
 
     def compute(self, model_calls: list[ModelCall]) -> list[Any]:
@@ -342,7 +359,7 @@ class Session:
                 self.time_kernels(self.split)
                 return results
             except RankLost as lost:
-                reason = f"The rest of this run is computed on one GPU, because {lost}; the next prompt uses the whole group again."
+                reason = alone(lost)
             except (KernelBroken, Obstacle, Untransportable) as error:
                 reason = f"The rest of this run is computed on one GPU: {error}."
             # out here, the failed step's frames no longer hold its memory
@@ -360,14 +377,22 @@ class Session:
                 split.kernels = {kind: self.chooser.timings.table[kind] for kind in kinds}
 
     def give_up(self, reason: str) -> None:
-        """Go on with one rank: the cache starts cold, and ComfyUI is asked for the memory of whole steps."""
+        """Go on with one rank: the cache starts cold, and ComfyUI is asked for the memory of whole steps.
+
+        Raises Overtaken if the sampler has used results that are lost.
+        """
         assert self.split is not None and self.runner is not None
         self.notes.say(reason)
+        lost = self.split.lost()
         self.runner.graphs.drop()  # they hold the memory of shared steps, and the communicator, whose end ``stop`` waits for
         self.split.stop()
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.forget()
         self.split.make_room()
+        if lost:
+            assert self.ahead is not None
+            self.ahead.forget(lost)
+            raise Overtaken
 
     def forget(self) -> None:
         """The cache starts cold."""
@@ -428,6 +453,11 @@ class Session:
         """Keep what the cache did in the step that has just run."""
         if shapes and self.decisions is not None and self.runner is not None and self.runner.cache is not None:
             self.decisions.record(shapes, call.sigma, self.runner.cache.changes, self.runner.cache.hit)
+
+
+def alone(lost: RankLost) -> str:
+    """What the user is told when the group has broken down."""
+    return f"The rest of this run is computed on one GPU, because {lost}; the next prompt uses the whole group again."
 
 
 def guided(guider: comfy.samplers.CFGGuider) -> bool:

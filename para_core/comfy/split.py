@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -236,6 +236,12 @@ class Split:
         matrices = gain.matrix_rate(device, dtype) if compiled else math.inf
         return Machine(self.group.link(), gain.memory_rate(device), matrices)
 
+    def lost(self) -> int:
+        """How many of the last results that the sampler was given will never be there."""
+        with suppress(RankLost):
+            self.group.land()
+        return self.group.under_way
+
     def stop(self) -> None:
         """The group is of no more use to this run."""
         self.active = False
@@ -338,15 +344,16 @@ class Split:
         self.kernels = {}
         index, start, stop = shares[0]
         args, kwargs = model_calls[index].part(start, stop, patches.Together(session.runner.hooks).lead(model_calls[index].options))
-        with uninterrupted(), group.step(order) as (mesh, comm):
-            first = session.runner.run(
-                session.original, session.names, args, kwargs, mesh=mesh, step=steps[0], comm=comm, graph=graph, whole=whole
+        runner, ahead = session.runner, session.ahead is not None and session.ahead.ready(model_calls)
+        with uninterrupted(), group.step(order, lambda: ahead and runner.settled) as (mesh, comm):
+            first = runner.run(
+                session.original, session.names, args, kwargs, mesh=mesh, step=steps[0], comm=comm, graph=graph, whole=whole, ahead=ahead
             )
             results = [first]
             for replica, (index, start, stop) in enumerate(shares[1:], start=1):
                 results.append(self._collect(replica * degrees.sequence, first, model_calls[index].latents, stop - start))
         session.notes.relay(group.sayings())
-        # a lost rank has been noticed by now, before its garbage could reach the sampler
+        # a rank lost in it has been noticed by now, before its garbage could reach the sampler, unless that runs ahead
         session.forwards += len(model_calls)
         self.used = max(self.used, degrees, key=lambda known: known.world)
         comfy.model_management.throw_exception_if_processing_interrupted()

@@ -59,6 +59,11 @@ class Runner:
             self.compiled.remove()
         self.hooks.remove()
 
+    @property
+    def settled(self) -> bool:
+        """Whether the last forward has left nothing to look at or to measure."""
+        return not self.override.chooser.check.watching and not self.override.chooser.timings.pending
+
     def measure(self, device: torch.device) -> list[str]:
         """Time the attention kernels for kinds of call that were new in the last forward. Returns those kinds."""
         kinds = self.override.chooser.measure(device)
@@ -83,12 +88,14 @@ class Runner:
         comm: Comm | None = None,
         graph: bool = False,
         whole: bool = False,
+        ahead: bool = False,
     ):
         """The result of ``call(*args, **kwargs)`` on ``mesh``'s first rank, None on the others.
 
         names: positional parameters of ``call``. step: what the cache shall do; comm: every rank that shares the step.
         graph: replay a CUDA graph where there is one for this shape, and capture one where there is none.
         whole: make all tokens whole between blocks, for what mixes them there.
+        ahead: do not wait for the device, unless ``settled`` says that something must be read from it.
         Raises PlanError, on every rank, for a forward that cannot be cut, KernelBroken where the result cannot be used.
         """
         arguments = Arguments(names, args, dict(kwargs))
@@ -121,7 +128,7 @@ class Runner:
             result = self.graphs.run(forward, tuple(arguments.args), arguments.kwargs, *identity, cache=self.cache if step else None)
         else:
             result = forward(*arguments.args, **arguments.kwargs)
-        if comm is not None and comm.rank == 0:
+        if comm is not None and comm.rank == 0 and not (ahead and self.settled):
             comm.settle()
         if not self.override.chooser.end_forward():
             self.graphs.drop()  # they hold the kernel that has just been replaced

@@ -225,16 +225,23 @@ class Communicator:
             self._life.waiting = False
             self._life.done += 1
 
-    def settle(self, timeout_s: float | None = None) -> None:
-        """Block until what was enqueued on the current CUDA stream is done; nothing to do on the CPU.
+    def mark(self) -> torch.cuda.Event | None:
+        """What was enqueued on the current CUDA stream so far, for ``settle``; None on the CPU, where nothing is."""
+        if self.device.type != "cuda":
+            return None
+        reached = torch.cuda.Event()
+        reached.record(torch.cuda.current_stream(self.device))
+        return reached
+
+    def settle(self, timeout_s: float | None = None, reached: torch.cuda.Event | None = None) -> None:
+        """Block until what was enqueued on the current CUDA stream is done, or only that up to ``reached``; at once on the CPU.
 
         Raises ``CommunicationFailed`` once aborted or after ``timeout_s`` (default: the communicator's).
         """
-        if self.device.type != "cuda":
-            return
-        reached = torch.cuda.Event()
-        reached.record(torch.cuda.current_stream(self.device))
-        self._guard(lambda: self._await(reached, self._timeout_s if timeout_s is None else timeout_s))
+        reached = reached or self.mark()
+        if reached is not None:
+            end = reached
+            self._guard(lambda: self._await(end, self._timeout_s if timeout_s is None else timeout_s))
 
     def _await(self, reached: torch.cuda.Event, timeout_s: float) -> None:
         begin = look = time.monotonic()

@@ -25,6 +25,7 @@ from ..sequence.mesh import Comm, Degrees, Link, Mesh
 from ..stopwatch import Exchanged
 from .codec import dtype_name, encode, filled, laid_out
 from .communicator import CommunicationFailed, Communicator, Meshes
+from .flights import Flights
 from .link import PATIENCE, measure
 from .member import Member, RankLost, one_line
 from .models import Models
@@ -34,6 +35,7 @@ from .transport import REMEDY
 from .watch import Watch, next_of
 
 _COMPILING = 10  # times ``Timeouts.stuck`` in runs whose blocks are compiled, which may happen again at any step
+_AHEAD = 1  # forwards under way when the next step begins, at most
 _EXPLAINED = 2.0  # seconds in which the cause of a failed collective reaches the watch thread, if a peer is the cause
 
 
@@ -85,6 +87,7 @@ class Group(Models):
         self._wanted = 1  # ranks, this one included, also while some of them start
         self._running = False
         self._patience = Patience()
+        self._flights = Flights()
         self._mute = False  # whether the last loss was of ranks that all waited for each other
         self._last_use = time.monotonic()
         self._unwanted: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -215,6 +218,7 @@ class Group(Models):
     def _leave(self) -> None:
         """Drop the communicator; workers stay."""
         comm, self._comm, self._meshes, self._link = self._comm, None, None, None
+        self._flights.clear()
         if comm is not None:
             comm.abort()
             comm.close()
@@ -257,6 +261,9 @@ class Group(Models):
         self._lose(member, what, kill=True)
 
     def tend(self) -> None:
+        if (limit := self._flights.overdue()) is not None:  # this rank may be waiting for the device in anybody's code
+            for member in [member for member in self._members if not member.waits] or list(self._members):
+                self._lose(member, f"did not get on for {limit:.0f} s{member.last_line()}", kill=True)
         if not self._lock.acquire(blocking=False):
             return  # whoever has it does the same, or the next look does
         try:
@@ -384,13 +391,16 @@ class Group(Models):
                 member.tell("begin", run)
 
     @contextmanager
-    def step(self, order: Mapping[str, Any]) -> Iterator[tuple[Mesh, Comm]]:
+    def step(self, order: Mapping[str, Any], ahead: Callable[[], bool] = lambda: False) -> Iterator[tuple[Mesh, Comm]]:
         """Send ``order`` (see ``Worker.on_step``) and yield this rank's mesh and the communicator of all its ranks.
 
         The body is this rank's share. Its exceptions become RankLost; after what is none, as a cancel, the group is given up too,
         because its ranks would wait for this one. Raises Untransportable before anything is sent.
+        ahead: asked after the body, whether the forward's end is waited for later, by ``land``, by the step after the next one or
+        by one that is not ahead.
         """
         header, tensors = encode(dict(order))
+        self.land(_AHEAD)
         with self._shared(), self._patience.step():
             assert self._comm is not None and self._meshes is not None
             layout = laid_out(tensors)
@@ -401,8 +411,25 @@ class Group(Models):
             mesh = self._meshes.mesh(degrees, order.get("speeds", ()))
             assert mesh is not None, "rank 0 is in every mesh"
             yield mesh, self._comm.split(range(degrees.world))
-            self._comm.settle()
+            if (patience := self._patience.of_a_step()) is not None and ahead():
+                self._flights.begin(self._comm.mark(), patience)
+            else:
+                self._comm.settle()
+                self._flights.clear()
         self.counts["steps"] += 1
+
+    @property
+    def under_way(self) -> int:
+        """Forwards of steps whose end nobody has waited for: what they computed is theirs only once they have landed."""
+        return len(self._flights)
+
+    def land(self, leaving: int = 0) -> None:
+        """Wait for forwards that are under way, but for the last ``leaving``. Raises RankLost."""
+        while len(self._flights) > leaving:
+            with self._shared():
+                assert self._comm is not None
+                self._comm.settle(reached=self._flights.first)
+            self._flights.landed()
 
     def measure(self, exchanged: Exchanged | None) -> None:
         """Count and time there what this rank exchanges with the others, until the run ends."""
@@ -422,6 +449,7 @@ class Group(Models):
         written to memory that belongs to someone else by now.
         """
         self._rest()
+        self._flights.clear()
         if self.lost is not None:
             with self._lock:
                 self._leave()

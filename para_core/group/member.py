@@ -137,8 +137,9 @@ class Member:
         return f"ended by itself with code {code}{self.last_line()}"
 
     def last_line(self) -> str:
-        """The last line it printed, as the end of a clause."""
-        line = self.process.tail(1).strip()
+        """The last line it printed, as the end of a clause: an indented one is source code, of a warning or a traceback."""
+        lines = [line for line in self.process.tail(20).splitlines() if line.strip() and not line.startswith(" ")]
+        line = lines[-1].strip() if lines else ""
         return f' (its last line: "{line[:_LONGEST]}")' if line else ""
 
 

@@ -28,9 +28,13 @@ class Patience:
     def step(self) -> Iterator[None]:
         """Around a step. The first one of a run, in which kernels are compiled and tried, waits as long as it likes."""
         began = time.monotonic()
-        with self.within(None if self._longest is None else max(self._least, self._times * self._longest)):
+        with self.within(self.of_a_step()):
             yield
         self._longest = max(self._longest or 0.0, time.monotonic() - began)
+
+    def of_a_step(self) -> float | None:
+        """Seconds; None in the first one of a run."""
+        return None if self._longest is None else max(self._least, self._times * self._longest)
 
     @contextmanager
     def within(self, limit: float | None) -> Iterator[None]:

@@ -8,7 +8,7 @@ nothing, because what should come from peers is this rank's own.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,6 +96,7 @@ class Lone:
         self._world.connect()
         self._meshes = Meshes(self._world)
         self._link = link
+        self._under_way: list[torch.cuda.Event | None] = []
 
     def nothing(self, *_args: Any, **_kwargs: Any) -> None:
         pass
@@ -112,10 +113,19 @@ class Lone:
         return iter(())
 
     @contextmanager
-    def step(self, order: Mapping[str, Any]) -> Iterator[tuple[Mesh, Comm]]:
+    def step(self, order: Mapping[str, Any], ahead: Callable[[], bool]) -> Iterator[tuple[Mesh, Comm]]:
         mesh = self._meshes.mesh(Degrees(*order["degrees"]))
         assert mesh is not None
+        self.land(1)
         yield mesh, self._world
+        self._under_way.append(self._world.mark())
+        self.land(int(ahead()))
+
+    def land(self, leaving: int = 0) -> None:
+        while len(self._under_way) > leaving:
+            self._world.settle(reached=self._under_way.pop(0))
+
+    under_way = 0
 
 
 class Imagined(Communicator):

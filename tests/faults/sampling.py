@@ -124,7 +124,7 @@ def at_step(group, number: int, delay: float, action: Callable[[], None]) -> Cal
         action()
         happened.set()
 
-    def step(order):
+    def step(order, *ahead):
         nonlocal seen
         if seen == number:
             timers.append(threading.Timer(delay, act))
@@ -133,7 +133,7 @@ def at_step(group, number: int, delay: float, action: Callable[[], None]) -> Cal
         elif seen > number:
             happened.wait(10)
         seen += 1
-        return original(order)
+        return original(order, *ahead)
 
     def undo() -> None:
         vars(group).pop("step", None)

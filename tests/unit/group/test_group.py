@@ -192,3 +192,15 @@ def test_what_is_said_of_ranks_that_lost_touch_is_what_the_first_of_them_met(hea
             group.hear(member, "failed", failure)
         monkeypatch.setattr(group, "give_up", lambda reason: (group.hear(member, "failed", failure), Group.give_up(group, reason)))
         raise CommunicationFailed("NCCL: here")
+
+
+@pytest.mark.parametrize(
+    ("printed", "told"),
+    [
+        ("", ""),
+        ("ready\nworker.py:1: FutureWarning: check is old\n  check(\n\n", ' (its last line: "worker.py:1: FutureWarning: check is old")'),
+        ('Traceback\n  File "worker.py"\n    raise\nRuntimeError: no', ' (its last line: "RuntimeError: no")'),
+    ],
+)
+def test_what_is_told_of_a_worker_is_no_line_of_its_source(printed: str, told: str) -> None:
+    assert Member(1, "cuda:1", SimpleNamespace(tail=lambda _lines: printed)).last_line() == told  # type: ignore[arg-type]

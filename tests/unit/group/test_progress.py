@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from para_core.group import patience
+from para_core.group import flights, patience
 from para_core.group.group import Group
 from para_core.group.member import Member, RankLost
 
@@ -27,6 +28,7 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(patience, "time", found)
+    monkeypatch.setattr(flights, "time", found)
     return found
 
 
@@ -108,3 +110,23 @@ def test_ranks_that_do_not_connect_are_given_up_while_the_link_is_measured(devic
     with pytest.raises(RankLost, match="did not get on for 120 s") as lost:
         group.link()
     assert ("NCCL_P2P_DISABLE" in str(lost.value)) is link is bool(group._silent), "in later prompts nobody waits for it again"
+
+
+@pytest.mark.parametrize(("waiting", "lost"), [((True, False), "rank 2"), ((False, True), "rank 1"), ((True, True), "rank 1")])
+def test_a_forward_that_does_not_land_is_noticed_while_rank_0_is_elsewhere(group, clock, waiting, lost) -> None:
+    """In code of others that waits for the device: the thread that listens to the workers looks after it."""
+    ended = [False, False]
+    for each in range(2):
+        group._flights.begin(SimpleNamespace(query=partial(ended.__getitem__, each)), LIMIT)  # type: ignore[arg-type]
+        clock.now += 1
+    clock.now += LIMIT - 2
+    beat(group, clock, waiting)
+    group.tend()
+    assert group.lost is None
+    clock.now += 1
+    ended[0] = True
+    group.tend()
+    assert group.lost is None, "nobody has asked for the first one yet, but it is there"
+    clock.now += 1
+    group.tend()
+    assert group.lost is not None and group.lost.startswith(f"{lost} on cpu did not get on for 60 s")
