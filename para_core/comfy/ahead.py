@@ -11,8 +11,10 @@ That takes a sampler that does the same when it is run again.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -24,7 +26,8 @@ from . import calls
 
 DEVICES = ("cuda",)  # where launching does not wait
 HOLDERS = ("transformer_options", "to_load_options")  # model options that hold functions by name
-ROOM = 2**27  # bytes of latents and results that are remembered, at most: all steps of a picture
+ROOM = 2**27  # bytes of latents and results to remember, about: all steps of a picture, or of a short clip
+STOCK = [Path(comfy.samplers.__file__).parents[1] / name for name in ("comfy", "comfy_extras")]
 
 
 class Overtaken(RuntimeError):
@@ -37,10 +40,6 @@ class Answer:
     conditions: list[Hashable]
     result: Any
 
-    @property
-    def size(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.latents, *calls.tensors(self.result)))
-
     def fits(self, call: calls.ModelCall) -> bool:
         """Whether ``call`` is the same."""
         pairs = list(zip(self.latents, call.latents, strict=False))
@@ -49,25 +48,27 @@ class Answer:
 
 
 class Ahead:
-    """The model calls of a run from its first one on, for as long as all of them are remembered."""
+    """The model calls of a run from its first one on, for as long as all of them are remembered. ``steps``: of the sampler."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, steps: int):
+        self._device, self._steps = device, steps
         self._answers: list[Answer] = []
+        self._size = 0
         self._next: int | None = None  # of the answers, for a sampler that runs again
         self._complete = True
 
     def ready(self, model_calls: Sequence[calls.ModelCall]) -> bool:
         """Whether the result of these calls may be used before it is there."""
-        if len(model_calls) > 1 or sum(answer.size for answer in self._answers) > ROOM:
-            self._complete = False
+        size = max(self._size, 2 * self._steps * sum(latent.nbytes for latent in model_calls[0].latents))
+        self._complete = self._complete and len(model_calls) == 1 and size <= ROOM
         return self._complete
 
     def keep(self, model_calls: Sequence[calls.ModelCall], results: Sequence[Any]) -> None:
         """What was answered, in the order of the calls."""
         if self._complete:
-            answers = zip(model_calls, results, strict=True)
-            self._answers += [Answer(call.latents, call.conditions, result) for call, result in answers]
+            for call, result in zip(model_calls, results, strict=True):
+                self._answers.append(Answer(call.latents, call.conditions, result))
+                self._size += sum(tensor.nbytes for tensor in (*call.latents, *calls.tensors(result)))
 
     def answer(self, model_calls: Sequence[calls.ModelCall]) -> list[Any] | None:
         """For a sampler that runs again: what it was told. None: it has come to what is new."""
@@ -77,11 +78,12 @@ class Ahead:
             self._next += 1
             return [self._answers[self._next - 1].result]
         self._next = None
+        self._answers.clear()
         return None
 
     def forget(self, last: int) -> None:
-        """The ``last`` results will never be there."""
-        del self._answers[len(self._answers) - last :]
+        """The ``last`` results may never be there."""
+        del self._answers[max(0, len(self._answers) - last) :]
 
     def sample(self, run: Callable[..., Any], args: Sequence[Any], land: Callable[[], None]) -> Any:
         """``run(*args)``, which samples, until its result rests on nothing that was lost.
@@ -90,19 +92,16 @@ class Ahead:
         """
         random = self._random()
         while True:
-            error: BaseException | None = None
             try:
                 result = run(*(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args))
-            except BaseException as raised:  # noqa: BLE001  what a sampler makes of results that were lost may be anything
-                error = raised
-            try:
-                land()
-            except Overtaken as lost:
-                error = lost if error is None or again(error) else error
-            if error is None:
-                return result
-            if not isinstance(error, Overtaken):
-                raise error
+            except Overtaken:
+                pass
+            except BaseException as error:  # of results that were lost a sampler may make anything
+                if arrived(land) or not explained(error):
+                    raise
+            else:
+                if arrived(land):
+                    return result
             self._next, self._complete = 0, False
             self._restore(random)
 
@@ -116,20 +115,29 @@ class Ahead:
             torch.cuda.set_rng_state(state, self._device)
 
 
-def begin(guider: comfy.samplers.CFGGuider, sampler: Any, own: str) -> Ahead | None:
-    """For a run of several ranks; None where the sampler cannot run ahead. ``own``: the key of this pack among model options."""
-    device = guider.model_patcher.load_device
-    return Ahead(device) if device.type in DEVICES and repeatable(guider, sampler, own) else None
+def arrived(land: Callable[[], None]) -> bool:
+    """Whether all that was answered ahead is there."""
+    try:
+        land()
+    except Overtaken:
+        return False
+    return True
 
 
-def again(error: BaseException) -> bool:
+def explained(error: BaseException) -> bool:
     """Whether a sampler that was given lost results may have raised ``error`` for that."""
     return isinstance(error, Exception) and not isinstance(error, comfy.model_management.InterruptProcessingException)
 
 
+def begin(guider: comfy.samplers.CFGGuider, sampler: Any, steps: int, own: str) -> Ahead | None:
+    """For a run of several ranks; None where the sampler cannot run ahead. ``own``: the key of this pack among model options."""
+    device = guider.model_patcher.load_device
+    return Ahead(device, steps) if device.type in DEVICES and repeatable(guider, sampler, own) else None
+
+
 def repeatable(guider: comfy.samplers.CFGGuider, sampler: Any, own: str) -> bool:
     """Whether the sampler does the same when it is run again: ComfyUI's own, and no other node's code between it and the model."""
-    if not isinstance(sampler, comfy.samplers.KSAMPLER) or calls.module(guider) not in ("samplers", "nodes_custom_sampler"):
+    if type(sampler) is not comfy.samplers.KSAMPLER or not stock(sampler.sampler_function) or not stock(type(guider)):
         return False
     options: dict[str, Any] = guider.model_options
     inside = [options.get(name, {}) for name in HOLDERS]
@@ -137,5 +145,11 @@ def repeatable(guider: comfy.samplers.CFGGuider, sampler: Any, own: str) -> bool
     others = {key for held in wrappers for key, functions in held.items() if functions} - {own}
     held = [sampler.extra_options, sampler.inpaint_options, {name: options[name] for name in options if name not in (*HOLDERS, own)}]
     plain = all(leaf is None or isinstance(leaf, (bool, int, float, str, torch.Tensor)) for leaf in tree_leaves(held))
-    stock = sampler.sampler_function.__module__.startswith("comfy.")
-    return stock and plain and not others and not any(map(calls.first_patch, inside))
+    steered = any("control" in condition for each in guider.original_conds.values() for condition in each)
+    return plain and not others and not steered and not any(map(calls.first_patch, inside))
+
+
+def stock(code: Any) -> bool:
+    """Whether a function or a class is ComfyUI's own."""
+    path = Path(getattr(sys.modules.get(code.__module__), "__file__", None) or "/")
+    return any(path.is_relative_to(root) for root in STOCK)

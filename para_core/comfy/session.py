@@ -199,7 +199,7 @@ class Session:
             self._undo.insert(0, self.split.stop)  # last: until captures have gone, a communicator that was lost does not end
             for place, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
                 self._wrap(place, wrapper)
-            self.ahead = ahead.begin(self.guider, self.sampler, KEY) if self.decisions is None else None
+            self.ahead = ahead.begin(self.guider, self.sampler, self.steps, KEY) if self.decisions is None and not self.foreign else None
 
     def _wrap(self, place: str, wrapper: Callable) -> None:
         """Have ComfyUI call ``wrapper`` at that place of the run."""
@@ -347,7 +347,7 @@ class Session:
                 if self.forecaster is not None:
                     self.forecaster.learn(model_calls, results)
             visit.whole = self.runner is None or not self.runner.graphs.captures
-        if self.ahead is not None:
+        if self.ahead is not None and self.split is not None and self.split.active:
             self.ahead.keep(model_calls, results)
         return results
 

@@ -17,6 +17,7 @@ from ..cache.first_block import Step, chunks
 from ..execution import gain, memory
 from ..execution.ways import Machine
 from ..group.codec import Untransportable
+from ..group.flights import AHEAD
 from ..group.group import GroupError
 from ..group.member import RankLost
 from ..plans.plan import Plan, attribute, patch_sides
@@ -237,7 +238,7 @@ class Split:
         return Machine(self.group.link(), gain.memory_rate(device), matrices)
 
     def lost(self) -> int:
-        """How many of the last results that the sampler was given will never be there."""
+        """How many of the last results that the sampler was given may never be there."""
         with suppress(RankLost):
             self.group.land()
         return self.group.under_way
@@ -345,6 +346,8 @@ class Split:
         index, start, stop = shares[0]
         args, kwargs = model_calls[index].part(start, stop, patches.Together(session.runner.hooks).lead(model_calls[index].options))
         runner, ahead = session.runner, session.ahead is not None and session.ahead.ready(model_calls)
+        group.land(AHEAD)
+        comfy.model_management.throw_exception_if_processing_interrupted()
         with uninterrupted(), group.step(order, lambda: ahead and runner.settled) as (mesh, comm):
             first = runner.run(
                 session.original, session.names, args, kwargs, mesh=mesh, step=steps[0], comm=comm, graph=graph, whole=whole, ahead=ahead

@@ -256,6 +256,7 @@ class Communicator:
                     transport.check()
             if now > begin + _SPIN:
                 time.sleep(0.0001)
+        self._life.check()  # what an abort has ended has not been done
 
     def abort(self) -> None:
         """Make pending and later collectives of this communicator and all its subgroups fail, here and at the peers.

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+AHEAD = 1
+"""Forwards under way when the next one is launched, at most: that is enough for the device to always have something to do."""
+
 
 @dataclass(frozen=True)
 class Flight:

@@ -35,7 +35,6 @@ from .transport import REMEDY
 from .watch import Watch, next_of
 
 _COMPILING = 10  # times ``Timeouts.stuck`` in runs whose blocks are compiled, which may happen again at any step
-_AHEAD = 1  # forwards under way when the next step begins, at most
 _EXPLAINED = 2.0  # seconds in which the cause of a failed collective reaches the watch thread, if a peer is the cause
 
 
@@ -261,8 +260,9 @@ class Group(Models):
         self._lose(member, what, kill=True)
 
     def tend(self) -> None:
-        if (limit := self._flights.overdue()) is not None:  # this rank may be waiting for the device in anybody's code
-            for member in [member for member in self._members if not member.waits] or list(self._members):
+        members = list(self._members)
+        if self.lost is None and (limit := self._flights.overdue()) is not None:  # this rank may wait for the device in anybody's code
+            for member in [member for member in members if not member.waits] or members:
                 self._lose(member, f"did not get on for {limit:.0f} s{member.last_line()}", kill=True)
         if not self._lock.acquire(blocking=False):
             return  # whoever has it does the same, or the next look does
@@ -396,11 +396,9 @@ class Group(Models):
 
         The body is this rank's share. Its exceptions become RankLost; after what is none, as a cancel, the group is given up too,
         because its ranks would wait for this one. Raises Untransportable before anything is sent.
-        ahead: asked after the body, whether the forward's end is waited for later, by ``land``, by the step after the next one or
-        by one that is not ahead.
+        ahead: asked after the body, whether the forward's end is waited for later, by ``land`` or by a step that is not ahead.
         """
         header, tensors = encode(dict(order))
-        self.land(_AHEAD)
         with self._shared(), self._patience.step():
             assert self._comm is not None and self._meshes is not None
             layout = laid_out(tensors)

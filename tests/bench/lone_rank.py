@@ -116,7 +116,6 @@ class Lone:
     def step(self, order: Mapping[str, Any], ahead: Callable[[], bool]) -> Iterator[tuple[Mesh, Comm]]:
         mesh = self._meshes.mesh(Degrees(*order["degrees"]))
         assert mesh is not None
-        self.land(1)
         yield mesh, self._world
         self._under_way.append(self._world.mark())
         self.land(int(ahead()))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -141,9 +143,13 @@ def test_other_nodes_code_and_samplers_are_never_run_again(comfy) -> None:
 
     from para_core.comfy.ahead import repeatable
 
-    def guider(**options: Any) -> Any:
-        found = comfy.samplers.CFGGuider.__new__(comfy.samplers.CFGGuider)
+    class Other(comfy.samplers.CFGGuider):
+        pass
+
+    def guider(kind: type = comfy.samplers.CFGGuider, control: bool = False, **options: Any) -> Any:
+        found = kind.__new__(kind)
         found.model_options = options
+        found.original_conds = {"positive": [{"control": object()} if control else {}], "negative": []}
         return found
 
     def wrapped(key: str) -> dict[str, Any]:
@@ -159,7 +165,8 @@ def test_other_nodes_code_and_samplers_are_never_run_again(comfy) -> None:
     assert not repeatable(guider(), comfy.samplers.ksampler("euler", {"noise_sampler": print}), "paradit")
     assert not repeatable(guider(), comfy.samplers.KSAMPLER(lambda: None), "paradit")
     assert not repeatable(guider(), SimpleNamespace(sampler_function=euler.sampler_function), "paradit")
-    assert not repeatable(SimpleNamespace(model_options={}), euler, "paradit")
+    assert not repeatable(guider(Other), euler, "paradit")
+    assert not repeatable(guider(control=True), euler, "paradit")
 
 
 class Sampling:
@@ -168,7 +175,7 @@ class Sampling:
     def __init__(self) -> None:
         from para_core.comfy.ahead import Ahead
 
-        self.ahead = Ahead(torch.device("cpu"))
+        self.ahead = Ahead(torch.device("cpu"), 4)
         self.computed: list[float] = []
         self.lost = 0
 
@@ -239,10 +246,50 @@ def test_a_sampler_that_does_something_else_the_second_time_is_answered_anew(com
 def test_what_is_remembered_is_bounded(comfy, monkeypatch) -> None:
     sampling = Sampling()
     calls: list[Any] = [SimpleNamespace(latents=[torch.zeros(8)], conditions=["prompt"])]
-    monkeypatch.setattr("para_core.comfy.ahead.ROOM", 100)
-    assert sampling.ahead.ready(calls)
-    for _ in range(2):
+    monkeypatch.setattr("para_core.comfy.ahead.ROOM", 4 * 2 * 32)
+    for _ in range(6):  # two more than a sampler with one evaluation a step asks for
+        ready = sampling.ahead.ready(calls)
         sampling.ahead.keep(calls, [torch.zeros(8)])
-    assert not sampling.ahead.ready(calls)
-    sampling.ahead.keep(calls, [torch.zeros(8)])
-    assert len(sampling.ahead._answers) == 2
+    assert not ready and len(sampling.ahead._answers) == 5
+    larger: list[Any] = [SimpleNamespace(latents=[torch.zeros(9)], conditions=["prompt"])]
+    assert Sampling().ahead.ready(calls) and not Sampling().ahead.ready(larger) and not Sampling().ahead.ready(2 * calls)
+
+
+def test_nothing_is_remembered_of_what_one_rank_computes(group, monkeypatch) -> None:
+    from para_core.comfy.ahead import Ahead
+    from para_core.comfy.split import Split
+
+    kept: list[Any] = []
+    monkeypatch.setattr(Ahead, "keep", lambda _self, model_calls, _results: kept.append(model_calls))
+    monkeypatch.setattr(Split, "_recruit", lambda self, *_: self._estimate.close())
+    assert run(Prompt()).report["ranks"] == 1
+    assert not kept
+
+
+def test_a_forward_that_is_looked_through_is_waited_for(group, under_way, monkeypatch) -> None:
+    from para_core.execution.runner import Runner
+
+    monkeypatch.setattr(Runner, "settled", False)
+    check_full(Prompt())
+    assert not any(under_way)
+
+
+def test_an_error_of_a_run_leaves_nothing_of_it_behind(comfy) -> None:
+    sampling = Sampling()
+
+    class Held:
+        pass
+
+    def sample() -> None:
+        held = Held()
+        left.append(weakref.ref(held))
+        raise ValueError("as it is")
+
+    left: list[weakref.ref] = []
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="as it is"):
+            sampling.ahead.sample(sample, [], sampling.land)
+        assert left[0]() is None
+    finally:
+        gc.enable()
