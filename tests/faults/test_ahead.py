@@ -146,6 +146,9 @@ def test_other_nodes_code_and_samplers_are_never_run_again(comfy) -> None:
     class Other(comfy.samplers.CFGGuider):
         pass
 
+    class Own(comfy.samplers.KSAMPLER):
+        pass
+
     def guider(kind: type = comfy.samplers.CFGGuider, control: bool = False, **options: Any) -> Any:
         found = kind.__new__(kind)
         found.model_options = options
@@ -166,6 +169,7 @@ def test_other_nodes_code_and_samplers_are_never_run_again(comfy) -> None:
     assert not repeatable(guider(), comfy.samplers.KSAMPLER(lambda: None), "paradit")
     assert not repeatable(guider(), SimpleNamespace(sampler_function=euler.sampler_function), "paradit")
     assert not repeatable(guider(Other), euler, "paradit")
+    assert not repeatable(guider(), Own(euler.sampler_function), "paradit")
     assert not repeatable(guider(control=True), euler, "paradit")
 
 
