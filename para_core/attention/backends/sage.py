@@ -56,7 +56,7 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor
     if not _gives_lse():
         # Version 1 subtracts the mean of k in place.
         k = k.clone(memory_format=torch.contiguous_format)
-    out = _function()(_rows_first(q), _rows_first(k), _padded_quickly(_rows_first(v)), tensor_layout="NHD", is_causal=False, sm_scale=scale)
+    out = _function()(_rows_first(q), _rows_first(k), _rows_first(v), tensor_layout="NHD", is_causal=False, sm_scale=scale)
     return out.transpose(1, 2)
 
 
@@ -78,15 +78,6 @@ def _rows_first(tensor: torch.Tensor) -> torch.Tensor:
     """``(B, H, S, D)`` as ``(B, S, H, D)`` whose last dim is contiguous."""
     tensor = tensor.transpose(1, 2)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _padded_quickly(v: torch.Tensor) -> torch.Tensor:
-    """``v`` ``(B, S, H, D)``, on Hopper as what version 2 can pad to whole blocks of 128 rows at once.
-
-    It concatenates, for which torch has a slower kernel where v is a slice of a larger tensor.
-    """
-    pads = v.shape[1] % 128 and v.is_cuda and torch.cuda.get_device_capability(v.device) == (9, 0)
-    return v.contiguous() if pads else v
 
 
 def _function():
