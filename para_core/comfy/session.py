@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -28,11 +27,10 @@ from ..group.codec import Untransportable
 from ..group.member import RankLost
 from ..log import log
 from ..plans import PlanError, plan_for
-from ..sequence.mesh import Degrees
 from ..sequence.replace import replace
 from ..sequence.solo import SOLO_MESH
 from ..settings import Attention, Cache, Compile, Parallel
-from . import accelerate, ahead, calls, compiling, objects, reports, resident, sidecars, static, windows
+from . import accelerate, ahead, calls, compiling, numbers, objects, reports, resident, sidecars, static, windows
 from .ahead import Overtaken
 from .calls import ModelCall
 from .forecasting import Forecaster, foreseen
@@ -40,7 +38,7 @@ from .lanes import Call, Lanes
 from .meter import Meter
 from .notify import Notes, show
 from .split import Obstacle, Split
-from .wording import kind, live, summary
+from .wording import live, summary
 
 KEY = "paradit"
 
@@ -272,7 +270,7 @@ class Session:
         """Undo everything, in reverse order, write the run's lines to the log, and keep the report of latents that were made."""
         while self._undo:
             self._undo.pop()()
-        report = self.report()
+        report = numbers.report(self)
         self.split = None  # which knows this session: nothing may keep the patcher, not even until Python looks for circles
         if self.used:
             log.info("%s: %s", report["model"], summary(report))
@@ -280,39 +278,6 @@ class Session:
             show("\n".join([summary(report), *self.notes.said]))
         if self.latents is not None:
             reports.keep(report, self.latents)
-
-    def report(self) -> dict[str, Any]:
-        """The run in numbers: plain data. Seconds are those of the forwards, ``wall`` those from the first one to the result."""
-        degrees = self.split.used if self.split is not None else Degrees()
-        records = self.decisions.records if self.decisions else []
-        timeline = self.meter.steps()
-        previous = self.chooser.previous if self.chooser is not None else None
-        return {
-            "model": type(self.model).__name__,
-            "ranks": degrees.world,
-            "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
-            "shares": self.split.shares() if self.split is not None else None,
-            "steps": self.steps,
-            "forwards": self.forwards,
-            "cached": self.cached() or 0,
-            "seconds_per_step": round(sum(step["seconds"] for step in timeline) / max(1, self.steps), 4),
-            "wall": round(self.meter.seconds, 4),
-            "timeline": timeline,
-            "cache": dataclasses.asdict(self.caching) if self.caching is not None and self.decisions is not None else None,
-            "changes": [[record.sigma, list(record.changes), record.hit] for record in records],
-            "exchange": self._exchange() if degrees.world > 1 else None,
-            "opening": self.meter.opening,
-            "attention": self.chooser.report() if self.chooser is not None else [],
-            "backend": self.attention.backend if self.attention is not None else None,
-            "override": calls.title(previous) if previous is not None else None,
-            "kernels": [[name, kind(asked), count] for (name, asked), count in self.chooser.kinds.most_common()] if self.chooser else [],
-            "replays": self.runner.graphs.replays if self.runner is not None else 0,
-            "notes": self.notes.said,
-        }
-
-    def _exchange(self) -> dict[str, Any]:
-        assert self.runner is not None, "there is no split without one"
-        return {**self.meter.exchange(), **self.runner.override.ways.report()}
 
     # -- the model's forward ------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from .calls import ModelCall
 from .estimate import Estimate
 from .lanes import separate
 from .model import Unshareable
+from .steps import told
 
 if TYPE_CHECKING:
     from .session import Session
@@ -313,15 +314,15 @@ class Split:
 
         Raises RankLost if it broke down, Obstacle or Untransportable if the calls hold what only this process has.
         """
-        session, group = self.session, self.group
+        session, group, runner = self.session, self.group, self.session.runner
+        assert runner is not None
         options = model_calls[0].options  # lanes have no code in theirs
         for call in model_calls:
             if reason := calls.refusal(call.options):
                 raise Obstacle(reason)
         if session.swapped:
             raise Obstacle(f"{session.swapped} {objects.ELSEWHERE}")
-        code = calls.first_patch(options)
-        if code:
+        if code := calls.first_patch(options):
             session.notes.say(f"Tokens are brought to the first GPU at every call of {code}, which runs there: that takes time.")
         rows = len(model_calls) if len(model_calls) > 1 else separable(self.plan, model_calls[0])
         tokens = min(shortest(self.plan, session.model, call) for call in model_calls) if self.plan.stacks else None
@@ -333,19 +334,18 @@ class Split:
         graph, whole = session.graph(options), patches.mixes(options)
         parts = [model_calls[index].part(start, stop, calls.travelling(model_calls[index].options)) for index, start, stop in shares]
         parts = [calls.without(part, session.names, self.plan.rebuilt) for part in parts]
-        assert session.runner is not None
-        ways = session.runner.override.ways.decide()
+        ways = runner.override.ways.decide()
         alike = {"graph": graph, "kernels": self.kernels, "ways": ways, "patches": patches.marks(options), "whole": whole}
         order: dict[str, Any] = {
             "degrees": [degrees.batch, degrees.ring, degrees.ulysses],
-            "shares": [{**alike, "part": part, "cache": step_data(step)} for part, step in zip(parts, steps, strict=True)],
+            "shares": [{**alike, "part": part, "cache": told(step)} for part, step in zip(parts, steps, strict=True)],
         }
         if (speeds := self._speeds(degrees)) is not None:
             order["speeds"] = list(speeds)
         self.kernels = {}
         index, start, stop = shares[0]
-        args, kwargs = model_calls[index].part(start, stop, patches.Together(session.runner.hooks).lead(model_calls[index].options))
-        runner, ahead = session.runner, session.ahead is not None and session.ahead.ready(model_calls)
+        args, kwargs = model_calls[index].part(start, stop, patches.Together(runner.hooks).lead(model_calls[index].options))
+        ahead = session.ahead is not None and session.ahead.ready(model_calls)
         group.land(AHEAD)
         comfy.model_management.throw_exception_if_processing_interrupted()
         with uninterrupted(), group.step(order, lambda: ahead and runner.settled) as (mesh, comm):
@@ -356,7 +356,6 @@ class Split:
             for replica, (index, start, stop) in enumerate(shares[1:], start=1):
                 results.append(self._collect(replica * degrees.sequence, first, model_calls[index].latents, stop - start))
         session.notes.relay(group.sayings())
-        # a rank lost in it has been noticed by now, before its garbage could reach the sampler, unless that runs ahead
         session.forwards += len(model_calls)
         self.used = max(self.used, degrees, key=lambda known: known.world)
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -435,14 +434,6 @@ def share(model_calls: list[ModelCall], replicas: int) -> list[Share]:
     for rows in balanced(model_calls[0].rows, replicas):
         ends.append(ends[-1] + rows)
     return [(0, start, stop) for start, stop in itertools.pairwise(ends)]
-
-
-def step_data(step: Step | None) -> dict[str, Any] | None:
-    """A cache step as plain data for the channel; ``worker.Run`` puts it together again."""
-    if step is None:
-        return None
-    told = {name: value for name, value in vars(step).items() if name != "window"}  # rank 0 decides
-    return {**told, "sigma": float(step.sigma), "chunks": [[chunk.key, chunk.index, chunk.start, chunk.stop] for chunk in step.chunks]}
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from comfy.ldm.modules.attention import optimized_attention
 
 from ..attention.choice import Chooser
 from ..attention.timings import Timings
-from ..cache.first_block import Chunk, Step
 from ..execution import gain
 from ..execution.runner import Runner
 from ..group.channel import Channel
@@ -24,6 +23,7 @@ from ..sequence.hooks import Arguments
 from ..sequence.mesh import Comm, Mesh
 from . import calls, files, model
 from .patches import Together
+from .steps import heard
 
 
 class ComfyHost:
@@ -98,11 +98,9 @@ class Run:
             self.runner.learn(share["kernels"])
         self.runner.override.ways.learn(share["ways"])
         args, kwargs = share["part"]
-        cache = share["cache"]
         arguments = Arguments(self.names, args, kwargs)
         options = self.patches.follow(arguments.get("transformer_options"), share["patches"])
         arguments.put("transformer_options", {**options, calls.OVERRIDE: self.runner.override})
-        step = None if cache is None else Step(**{**cache, "chunks": tuple(Chunk(*chunk) for chunk in cache["chunks"])})
         args = tuple(arguments.args)
         result = self.runner.run(
             self.function,
@@ -110,7 +108,7 @@ class Run:
             args,
             arguments.kwargs,
             mesh=mesh,
-            step=step,
+            step=heard(share["cache"]),
             comm=comm,
             graph=share["graph"] and not self.opened,  # a graph would replay copies of weights from where they no longer are
             whole=share["whole"],

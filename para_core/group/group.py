@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from .flights import Flights
 from .link import PATIENCE, measure
 from .member import Member, RankLost, one_line
 from .models import Models
-from .patience import Patience
+from .patience import Patience, Timeouts
 from .pool import Pool
 from .transport import REMEDY
 from .watch import Watch, next_of
@@ -40,23 +39,6 @@ _EXPLAINED = 2.0  # seconds in which the cause of a failed collective reaches th
 
 class GroupError(RuntimeError):
     """The group could not be formed: a clause that says why."""
-
-
-@dataclass
-class Timeouts:
-    """Seconds. ``heartbeat``: silence in a run after which a worker counts as hung. ``idle``: without a run, then they leave.
-
-    ``stuck``: that a step waits for a worker that beats but does not get on; at least ``slowest`` times the longest step so far.
-    """
-
-    start: float = 180.0
-    join: float = 60.0
-    load: float = 1800.0
-    heartbeat: float = 20.0
-    collective: float = 1800.0
-    idle: float = 900.0
-    stuck: float = 60.0
-    slowest: float = 20.0
 
 
 class Group(Models):

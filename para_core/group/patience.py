@@ -1,14 +1,32 @@
-"""How long a step waits for workers that beat but do not get on."""
+"""How long rank 0 waits: for what, and in a step for workers that beat but do not get on."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from .member import Member
 
 _COMPUTED = 1.0  # seconds without a look, after which rank 0 has not been waiting but computing, or was stopped itself
+
+
+@dataclass
+class Timeouts:
+    """Seconds. ``heartbeat``: silence in a run after which a worker counts as hung. ``idle``: without a run, then they leave.
+
+    ``stuck``: that a step waits for a worker that beats but does not get on; at least ``slowest`` times the longest step so far.
+    """
+
+    start: float = 180.0
+    join: float = 60.0
+    load: float = 1800.0
+    heartbeat: float = 20.0
+    collective: float = 1800.0
+    idle: float = 900.0
+    stuck: float = 60.0
+    slowest: float = 20.0
 
 
 class Patience:
