@@ -84,6 +84,11 @@ class Forecaster:
                 self.forecast.learn(chunk.key, level, [tensor[chunk.start : chunk.stop] for tensor in tensors(result)])
         self.decisions.record(self._shapes, model_calls[0].sigma, self._totals, False)
 
+    def forget(self) -> None:
+        """Foretell from nothing that was learnt so far."""
+        self.decisions.forget()
+        self.forecast = Forecast()
+
     def _levels(self, call: ModelCall) -> list[float]:
         """The run's noise levels, which samplers say anew with every call: read once, because the device waits meanwhile."""
         said = call.options.get("sample_sigmas")

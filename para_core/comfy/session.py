@@ -197,7 +197,7 @@ class Session:
             self._undo.insert(0, self.split.stop)  # last: until captures have gone, a communicator that was lost does not end
             for place, wrapper in ((WrappersMP.PREPARE_SAMPLING, self.split.prepare), (WrappersMP.CALC_COND_BATCH, self.split.conditions)):
                 self._wrap(place, wrapper)
-            self.ahead = ahead.begin(self.guider, self.sampler, self.steps, KEY) if self.decisions is None and not self.foreign else None
+            self.ahead = ahead.begin(self.guider, self.sampler, self.steps, KEY) if not caching and not self.foreign else None
 
     def _wrap(self, place: str, wrapper: Callable) -> None:
         """Have ComfyUI call ``wrapper`` at that place of the run."""
@@ -300,6 +300,8 @@ class Session:
             self.swapped = objects.swapped(self.model, self.runner.hooks.stacks + self.runner.hooks.sides)
         if self.ahead is not None and (known := self.ahead.answer(model_calls)) is not None:
             return known
+        if self.forecaster is not None:
+            self.land()  # before what may be lost is foretold from
         if self.decisions is not None:
             self.evaluation.count(model_calls)
         records = self.decisions.records if self.decisions is not None else []
@@ -357,6 +359,8 @@ class Session:
         if lost:
             assert self.ahead is not None
             self.ahead.forget(lost)
+            if self.forecaster is not None:
+                self.forecaster.forget()
             raise Overtaken
 
     def forget(self) -> None:

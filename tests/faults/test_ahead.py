@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from faults.sampling import STEPS, TOLERANCE, Prompt, at_step, check_full, prepared, reference, run
+from faults.sampling import REPORT, STEPS, TOLERANCE, Prompt, at_step, check_full, log_lines, prepared, reference, run
 from parity import inprocess
 
 LOST = "rank 1 on cpu was ended by SIGKILL"
@@ -72,6 +73,25 @@ def test_steps_that_read_the_device_wait_for_it(group, under_way) -> None:
     assert not any(under_way)
 
 
+FORETOLD = inprocess.Job("flux", (10, 14), steps=10)
+
+
+def foretold(threshold: float) -> tuple[torch.Tensor, list[bool]]:
+    """Latents of two ranks under the rule forecast, and which steps were foretold."""
+    from para_core.comfy.attach import attach
+    from para_core.settings import Cache
+
+    with log_lines() as lines:
+        latents = inprocess.sample(attach(prepared(Prompt()), Cache(rule="forecast", threshold=threshold, start_percent=0.0)), FORETOLD)
+    report = [json.loads(found.group(1)) for line in lines if (found := REPORT.search(line))][-1]
+    return latents, [hit for _sigma, _changes, hit in report["changes"]]
+
+
+def test_nothing_is_foretold_from_what_has_not_landed(group, under_way) -> None:
+    _, hits = foretold(2.0)
+    assert any(hits) and 1 in under_way and max(under_way) == 1
+
+
 @pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in range(STEPS - 1))])
 def test_a_worker_lost_behind_the_samplers_back_costs_no_image(group, answered, step: int) -> None:
     check_full(Prompt())
@@ -86,27 +106,51 @@ def test_a_worker_lost_behind_the_samplers_back_costs_no_image(group, answered, 
     check_full(Prompt())
 
 
-def test_a_result_that_never_landed_is_computed_again(group, answered, monkeypatch) -> None:
-    """What a lost device leaves in the latents is no number that ComfyUI may go on with."""
+def losing(group, monkeypatch, number: int, garbage: float = float("nan")) -> list[Any]:
+    """The group's step ``number`` (from 1) gives what a lost device leaves in the latents. Returns the steps that were shared."""
     from para_core.comfy.split import Split
 
-    check_full(Prompt())
     original, steps = Split.step, []
 
     def step(self, model_calls):
         results = original(self, model_calls)
-        steps.append(self)
-        if len(steps) == 3:
-            group._lose(group.members[0], "was lost in this test", kill=True)
-            return [torch.full_like(results[0], float("nan"))]
-        return results
+        steps.append(model_calls)
+        if len(steps) != number:
+            return results
+        group._lose(group.members[0], "was lost in this test", kill=True)
+        return [torch.full_like(results[0], garbage)]
 
     monkeypatch.setattr(Split, "step", step)
+    return steps
+
+
+def test_a_result_that_never_landed_is_computed_again(group, answered, monkeypatch) -> None:
+    check_full(Prompt())
+    steps = losing(group, monkeypatch, 3)
     outcome = run(Prompt())
     assert "was lost in this test" in outcome.report["notes"][0]
     assert outcome.error(reference(Prompt())) < TOLERANCE
     assert answered in ([0], [0, 1]) and len(steps) == 3
-    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("threshold", [pytest.param(1e-9, marks=pytest.mark.slow), 2.0])
+def test_what_is_foretold_after_a_loss_rests_on_what_one_rank_computes(group, answered, monkeypatch, threshold: float) -> None:
+    from para_core.comfy.forecasting import Forecaster
+
+    expected, hits = foretold(threshold)
+    last = hits.count(False) - 1
+    kept, forget = [], Forecaster.forget
+
+    def forgotten(self) -> None:
+        forget(self)
+        kept.append((*self.forecast.tracks, *self.decisions.conditions))
+
+    monkeypatch.setattr(Forecaster, "forget", forgotten)
+    steps = losing(group, monkeypatch, last, 1.0)
+    latents, again = foretold(threshold)
+    assert len(steps) == last and answered == list(range(len(answered))) and last - 1 <= len(answered)
+    assert inprocess.error(latents, expected) < (1e-4 if threshold < 1 else 0.1)
+    assert kept == [()] and again.count(False) > hits.count(False), "it starts cold"
 
 
 @pytest.mark.parametrize(
