@@ -19,7 +19,7 @@ def orders(monkeypatch) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = []
     step = Group.step
-    monkeypatch.setattr(Group, "step", lambda self, order: found.append(dict(order)) or step(self, order))
+    monkeypatch.setattr(Group, "step", lambda self, order, *ahead: found.append(dict(order)) or step(self, order, *ahead))
     return found
 
 
