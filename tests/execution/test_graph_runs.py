@@ -139,6 +139,9 @@ def test_a_group_that_breaks_down_takes_its_captures_along(card, monkeypatch):
                 raise RankLost("rank 1 was lost")
             return [self.session.alone(call) for call in model_calls]
 
+        def lost(self) -> int:
+            return 0
+
         def stop(self) -> None:
             self.active = False
             alive.append(left(card))
