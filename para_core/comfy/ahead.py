@@ -27,7 +27,6 @@ from . import calls
 DEVICES = ("cuda",)  # where launching does not wait
 HOLDERS = ("transformer_options", "to_load_options")  # model options that hold functions by name
 ROOM = 2**27  # bytes of latents and results to remember, about: all steps of a picture, or of a short clip
-STOCK = [Path(comfy.samplers.__file__).resolve().parents[1] / name for name in ("comfy", "comfy_extras")]
 
 
 class Overtaken(RuntimeError):
@@ -152,4 +151,5 @@ def repeatable(guider: comfy.samplers.CFGGuider, sampler: Any, own: str) -> bool
 def stock(code: Any) -> bool:
     """Whether a function or a class is ComfyUI's own."""
     path = Path(getattr(sys.modules.get(code.__module__), "__file__", None) or "/").resolve()
-    return any(path.is_relative_to(root) for root in STOCK)
+    root = Path(comfy.samplers.__file__).resolve().parents[1]
+    return any(path.is_relative_to(root / name) for name in ("comfy", "comfy_extras"))

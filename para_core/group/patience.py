@@ -1,4 +1,4 @@
-"""How long rank 0 waits: for what, and in a step for workers that beat but do not get on."""
+"""How long rank 0 waits for workers, and in a step for those that beat but do not get on."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ import torch
 from unit.group.ranks import run_ranks
 
 from para_core.group.communicator import CommunicationFailed, Communicator, Meshes
-from para_core.group.transport import Life
 from para_core.sequence.mesh import Degrees
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -182,33 +181,6 @@ def test_alone_every_collective_is_a_copy_and_needs_no_store() -> None:
     comm.close()
     with pytest.raises(CommunicationFailed):
         comm.all_reduce(received)
-
-
-class Reached:
-    """The end of what a device does, as an event: reached at the third look."""
-
-    def __init__(self, then: Callable[[], None] = lambda: None):
-        self.looks, self._then = 0, then
-
-    def query(self) -> bool:
-        self.looks += 1
-        if self.looks == 3:
-            self._then()
-        return self.looks >= 3
-
-
-def test_what_an_abort_has_ended_is_not_taken_for_done() -> None:
-    def devices() -> Communicator:
-        return Communicator(0, (0, 1), torch.device("cuda"), None, 60.0, Life())
-
-    reached: Any = Reached()
-    devices().settle(reached=reached)
-    assert reached.looks == 3
-    comm = devices()
-    ended: Any = Reached(comm.abort)
-    with pytest.raises(CommunicationFailed, match="aborted"):
-        comm.settle(reached=ended)
-    assert ended.looks == 3
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch comes with NCCL")
